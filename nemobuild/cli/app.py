@@ -1,0 +1,43 @@
+"""All commands of ``nemobuild``: one file each, each a thin layer over one library call."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from nemobuild import __version__
+from nemobuild.cli.chat import chat
+from nemobuild.cli.convert import convert
+from nemobuild.cli.fetch import fetch
+from nemobuild.cli.inspect import inspect
+from nemobuild.cli.profiles import profiles
+from nemobuild.cli.repo import repo
+from nemobuild.cli.serve import serve
+from nemobuild.cli.verify import verify
+
+app = typer.Typer(
+    name="nemobuild",
+    help="From Hugging Face weights of Nemotron models to an endpoint that serves them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"nemobuild {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")] = False,
+) -> None:
+    pass
+
+
+for command in (profiles, inspect, fetch, convert, verify, repo, serve, chat):
+    app.command()(command)

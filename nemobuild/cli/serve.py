@@ -1,0 +1,42 @@
+"""``nemobuild serve``: start Triton on a repository, wait for a real token, stop cleanly."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemobuild.cli import output
+from nemobuild.cli.options import Json
+
+
+def serve(
+    what: Annotated[str, typer.Argument(help="Model repository, or a profile whose repository was made.")],
+    host: Annotated[str, typer.Option(help="Address to listen on. Loopback: nobody outside this machine.")] = "127.0.0.1",
+    http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8000, or a free one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8001, or a free one.")] = None,
+    metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8002, or a free one.")] = None,
+    log: Annotated[Path | None, typer.Option(help="Triton's log; default: triton.log beside the repository.")] = None,
+    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
+    json: Json = False,
+) -> None:
+    """Serve a repository with Triton over gRPC and HTTP, until Ctrl-C."""
+    from nemobuild.places import is_profile, place
+    from nemobuild.serving import serve_until_stopped
+    from nemobuild.triton.server import Endpoint, choose_endpoint
+
+    repository = place(what, "repository") if is_profile(what) and not Path(what).is_dir() else Path(what)
+    endpoint = choose_endpoint(host, (http_port, grpc_port, metrics_port))
+    log = log or repository.resolve().with_name(f"{repository.resolve().name}.triton.log")
+
+    def show(ready: Endpoint) -> None:
+        value = {"http": ready.http_url, "grpc": ready.grpc_url, "metrics_port": ready.metrics_port, "log": str(log)}
+        text = f'ready  gRPC {ready.grpc_url}  HTTP {ready.http_url}\ntry    nemobuild chat "Hello"\nstop   Ctrl-C'
+        output.result(value, text, as_json=json)
+        output.piece("")
+
+    if not json:
+        output.hint(f"starting Triton, log in {log}")
+    serve_until_stopped(repository, endpoint, log, timeout_s, show)
+    output.hint("stopped")

@@ -1,0 +1,145 @@
+"""``EngineConfig``: one profile, that is one model on one kind of machine in one precision. A strict YAML file.
+
+An unknown key is refused with the nearest known one, because a limit that is silently ignored is found out in
+production. Every field says what it means and in which unit; the JSON Schema and the docs come from here.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from nemobuild.errors import UsageError, from_os_error, nearest
+from nemobuild.resources import data_folder
+
+Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
+MAX_PROFILE_BYTES = 1 << 20
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class ModelConfig(_Strict):
+    source: str = Field(description="Hugging Face folder, Hub id, or a path relative to the working folder.")
+    revision: str | None = Field(default=None, description="Commit of the Hub repository; a full sha is reproducible.")
+    known: str | None = Field(default=None, description="Name in engine_configs/models, for planning without weights.")
+
+
+class CheckpointConfig(_Strict):
+    precision: Literal["bf16"] = Field(default="bf16", description="Precision of the decoder's linear weights.")
+    tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks that share each block.")
+    pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks in a row.")
+
+
+class LimitsConfig(_Strict):
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(description="Requests that generate at once.")
+    max_context_tokens: Tokens = Field(description="Prompt and answer together, in tokens.")
+    max_prompt_tokens: Tokens | None = Field(default=None, description="Longest prompt; default: context less one.")
+    default_max_tokens: Tokens = Field(default=1024, description="Answer bound when a request names none.")
+    kv_cache_tokens: Tokens | None = Field(
+        default=None, description="KV cache size in tokens over all requests; default: batch size x context."
+    )
+    max_queue_size: Annotated[int, Field(ge=1, le=65536)] = Field(default=128, description="Requests that may wait.")
+    max_request_bytes: Annotated[int, Field(ge=1024)] = Field(default=8 << 20, description="Bytes of one text field.")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LimitsConfig:
+        if self.prompt_limit >= self.max_context_tokens:
+            raise ValueError("max_prompt_tokens must be less than max_context_tokens")
+        if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.max_context_tokens:
+            raise ValueError("kv_cache_tokens must hold at least one request of max_context_tokens")
+        return self
+
+    @property
+    def prompt_limit(self) -> int:
+        return self.max_prompt_tokens or max(1, self.max_context_tokens - 1)
+
+    @property
+    def kv_pool_tokens(self) -> int:
+        return self.kv_cache_tokens or self.max_batch_size * self.max_context_tokens
+
+
+class SamplingConfig(_Strict):
+    temperature: Annotated[float, Field(ge=0, le=100)] = Field(default=0.0, description="0 is greedy.")
+    top_p: Annotated[float, Field(ge=0, le=1)] = 1.0
+    top_k: Annotated[int, Field(ge=0)] = 0
+
+
+class ReasoningConfig(_Strict):
+    policy: str = Field(description="Name in engine_configs/reasoning.yaml: how this model switches its reasoning.")
+    default: Literal["on", "off", "auto"] = Field(default="auto", description="Mode when a request names none.")
+    sampling_on: SamplingConfig = Field(default=SamplingConfig(temperature=0.6, top_p=0.95))
+    sampling_off: SamplingConfig = Field(default=SamplingConfig())
+
+
+class EngineConfig(_Strict):
+    """A profile."""
+
+    description: str = Field(description="One sentence for the list of profiles.")
+    runtime: Literal["cpu", "tensorrt"] = Field(description="What runs the tensorrt_llm model inside Triton.")
+    model: ModelConfig
+    checkpoint: CheckpointConfig = Field(default=CheckpointConfig())
+    limits: LimitsConfig
+    reasoning: ReasoningConfig
+
+
+def profile_names() -> list[str]:
+    """Names of the profiles that ship with nemobuild."""
+    return sorted(path.stem for path in (data_folder("engine_configs") / "profiles").glob("*.yaml"))
+
+
+def load_profile(name_or_path: str) -> EngineConfig:
+    """A shipped profile by name, or a YAML file by path. Raises ``UsageError`` that names the field."""
+    path = Path(name_or_path)
+    if path.suffix not in (".yaml", ".yml"):
+        path = data_folder("engine_configs") / "profiles" / f"{name_or_path}.yaml"
+        if not path.is_file():
+            raise UsageError(
+                "unknown-profile",
+                f"There is no profile {name_or_path!r}.",
+                why=nearest(name_or_path, profile_names()),
+                next="Type `nemobuild profiles` for the list, or give the path of a YAML file.",
+            )
+    data = read_yaml(path)
+    try:
+        return EngineConfig.model_validate(data)
+    except ValidationError as error:
+        raise _explain(error, path) from error
+
+
+def read_yaml(path: Path) -> Any:
+    """A YAML document of bounded size, read without trust."""
+    try:
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_PROFILE_BYTES + 1)
+    except OSError as error:
+        raise from_os_error(error, path, "reading") from error
+    if len(raw) > MAX_PROFILE_BYTES:
+        raise UsageError("profile-too-large", f"{path} is larger than {MAX_PROFILE_BYTES} bytes.")
+    try:
+        return yaml.safe_load(raw)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError("bad-yaml", f"{path} is not valid YAML.", why=f"{error}.") from error
+
+
+def _explain(error: ValidationError, path: Path) -> UsageError:
+    """The first problem, with the field's full name; for an unknown key also the nearest known one."""
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"]) or "the document"
+    why = first["msg"].removeprefix("Value error, ") + "."
+    if first["type"] == "extra_forbidden":
+        why = f"This key is unknown. {nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
+    elif first["type"] != "missing":
+        why = f"It is {first['input']!r}. {why}"
+    return UsageError("bad-profile", f"{where} in {path} is wrong.", why=why, next="Correct it and try again.")
+
+
+def _known_keys(location: tuple[int | str, ...]) -> list[str]:
+    kind: Any = EngineConfig
+    for part in location:
+        kind = kind.model_fields[part].annotation
+    return list(kind.model_fields)

@@ -1,0 +1,53 @@
+"""A conversation with a served model: keeps the messages, asks ``chat``, gives the pieces as they come."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from nemobuild.errors import from_os_error
+from nemobuild.triton.client import stream
+
+
+class Conversation:
+    """Messages so far, and ``last``: everything that the last answer brought, as one dictionary."""
+
+    def __init__(
+        self,
+        url: str,
+        fields: Mapping[str, Any],
+        *,
+        system: str | None = None,
+        tools: Path | None = None,
+        timeout_s: float = 300.0,
+    ) -> None:
+        self._url, self._timeout_s = url, timeout_s
+        self._fields = {name: value for name, value in fields.items() if value is not None and value != []}
+        if tools is not None:
+            try:
+                self._fields["tools"] = tools.read_text(encoding="utf-8")
+            except OSError as error:
+                raise from_os_error(error, tools, "reading") from error
+        self._messages = [{"role": "system", "content": system}] if system else []
+        self.last: dict[str, Any] = {}
+
+    def ask(self, prompt: str) -> Iterator[tuple[str, str]]:
+        """Yield (``reasoning`` | ``answer`` | ``tool_calls``, text) pieces of the answer to ``prompt``."""
+        self._messages.append({"role": "user", "content": prompt})
+        self.last = {"text_output": "", "reasoning_output": "", "tool_calls": []}
+        fields = {"messages": json.dumps(self._messages, ensure_ascii=False)} | self._fields
+        for response in stream(self._url, fields, timeout_s=self._timeout_s):
+            calls = response.pop("tool_calls", "")
+            pieces = [
+                ("reasoning", response.pop("reasoning_output", "")),
+                ("answer", response.pop("text_output", "")),
+                ("tool_calls", calls),
+            ]
+            self.last["reasoning_output"] += pieces[0][1]
+            self.last["text_output"] += pieces[1][1]
+            self.last["tool_calls"] += json.loads(calls) if calls else []
+            self.last |= response
+            yield from (piece for piece in pieces if piece[1])
+        self._messages.append({"role": "assistant", "content": self.last["text_output"]})

@@ -1,0 +1,191 @@
+"""The jobs of a conversion and the threads that do them.
+
+The work is cut by source, not by target: a job reads a run of rows of one source tensor once and serves every
+rank file from it, so the source is read once however many ranks there are. Threads are enough, since read,
+write and the NumPy loops all release the interpreter. Chunks stay in the cache between the read, the search
+for NaN and Inf, and the write.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from queue import SimpleQueue
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemobuild.convert.bf16 import Buffers, bf16_bits
+from nemobuild.convert.tensor_map import TensorMap, as_matrix
+from nemobuild.errors import from_os_error
+from nemobuild.weights.safetensors import ITEM_BYTES, ShardWriter, TensorInfo, read_into, write_from
+
+CHUNK_BYTES = 1 << 20
+JOB_BYTES = 32 << 20
+MAX_WORKERS = 8
+PROGRESS_INTERVAL_S = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """``done_bytes`` of ``total_bytes`` of the source are converted, ``resumed_bytes`` of them by an earlier run."""
+
+    done_bytes: int
+    total_bytes: int
+    resumed_bytes: int
+    elapsed_s: float
+    tensor: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """Rows x columns of the source go to ``offset`` (of the first row) in the file of ``rank``."""
+
+    rank: int
+    rows: tuple[int, int]
+    columns: tuple[int, int]
+    offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Rows of one source and everything that is made of them. Zeros have no source."""
+
+    name: str
+    source: TensorInfo | None
+    rows: tuple[int, int]
+    source_bytes: int
+    moves: tuple[_Move, ...]
+
+
+@dataclass(slots=True)
+class Run:
+    """What the threads of one conversion share."""
+
+    jobs: Iterator[tuple[int, Job]]
+    writers: list[ShardWriter]
+    progress: Callable[[Progress], None] | None
+    total_bytes: int
+    resumed_bytes: int
+    done_bytes: int
+    started_s: float
+    reported_s: float = 0.0
+    stop: bool = False
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    finished: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)
+
+
+def default_workers() -> int:
+    """One per CPU; beyond a few the disk is the limit."""
+    return min(MAX_WORKERS, os.cpu_count() or 1)
+
+
+def make_jobs(tensor_map: TensorMap, sources: Mapping[str, TensorInfo], writers: list[ShardWriter]) -> Iterator[Job]:
+    """The map turned around: by source, cut into runs of rows of about ``JOB_BYTES``."""
+    uses: dict[str, list[_Move]] = {}
+    for rank, (targets, writer) in enumerate(zip(tensor_map.ranks, writers, strict=True)):
+        for target in targets:
+            place = writer.tensors[target.name]
+            row_bytes = as_matrix(target.shape)[1] * ITEM_BYTES[target.dtype]
+            for piece in target.pieces:
+                move = _Move(rank, piece.rows, piece.columns, place.offset + piece.at * row_bytes)
+                if piece.source is None:
+                    yield Job(target.name, None, piece.rows, 0, (move,))
+                else:
+                    uses.setdefault(piece.source, []).append(move)
+    for name, moves in uses.items():
+        source = sources[name]
+        rows, columns = as_matrix(source.shape)
+        row_bytes = columns * ITEM_BYTES[source.dtype]
+        step = max(1, JOB_BYTES // row_bytes)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            part = tuple(m for m in moves if m.rows[0] < last and first < m.rows[1])
+            yield Job(name, source, (first, last), (last - first) * row_bytes, part)
+
+
+def start(run: Run, count: int) -> list[threading.Thread]:
+    """Start ``count`` workers. Each puts job numbers into ``run.finished``, an error if one ends it, and None."""
+    threads = [threading.Thread(target=_work, args=(run,), daemon=True) for _ in range(count)]
+    for thread in threads:
+        thread.start()
+    return threads
+
+
+def _work(run: Run) -> None:
+    buffers = Buffers()
+    try:
+        while not run.stop:
+            with run.lock:
+                number, job = next(run.jobs, (-1, None))
+            if job is None:
+                break
+            if _do(run, job, buffers):
+                run.finished.put(number)
+    except BaseException as error:  # noqa: BLE001 - the main thread raises it
+        run.stop = True
+        run.finished.put(error)
+    finally:
+        run.finished.put(None)
+
+
+def _do(run: Run, job: Job, buffers: Buffers) -> bool:
+    """Carry one job out; False when it was told to stop."""
+    if job.source is None:
+        for move in job.moves:
+            count = (move.rows[1] - move.rows[0]) * (move.columns[1] - move.columns[0])
+            writer = run.writers[move.rank]
+            write_from(writer.fd, np.zeros(count, np.uint16).data, move.offset, writer.path)
+        return True
+    columns = as_matrix(job.source.shape)[1]
+    row_bytes = columns * ITEM_BYTES[job.source.dtype]
+    step = max(1, CHUNK_BYTES // row_bytes)
+    first, last = job.rows
+    try:
+        fd = os.open(job.source.file, os.O_RDONLY)
+    except OSError as error:
+        raise from_os_error(error, job.source.file, "reading") from error
+    try:
+        for start in range(first, last, step):
+            if run.stop:
+                return False
+            end = min(start + step, last)
+            raw = buffers.get("raw", "u1", (end - start) * row_bytes)
+            read_into(fd, raw.data, job.source.offset + start * row_bytes, job.source.file)
+            block = bf16_bits(raw, job.source, start * columns, buffers).reshape(end - start, columns)
+            for move in job.moves:
+                _put(run.writers[move.rank], move, block, start, buffers)
+            _tell(run, job, raw.nbytes, final=end == last)
+    finally:
+        os.close(fd)
+    return True
+
+
+def _put(writer: ShardWriter, move: _Move, block: NDArray[Any], start: int, buffers: Buffers) -> None:
+    """Write what ``move`` takes of ``block``, whose first row is row ``start`` of the source."""
+    r0, r1 = max(start, move.rows[0]), min(start + len(block), move.rows[1])
+    if r0 >= r1:
+        return
+    c0, c1 = move.columns
+    part = block[r0 - start : r1 - start, c0:c1]
+    if c1 - c0 < block.shape[1]:
+        gathered = buffers.get("gathered", "<u2", part.size).reshape(part.shape)
+        np.copyto(gathered, part)
+        part = gathered
+    write_from(writer.fd, part.data, move.offset + (r0 - move.rows[0]) * (c1 - c0) * 2, writer.path)
+
+
+def _tell(run: Run, job: Job, count_bytes: int, *, final: bool) -> None:
+    with run.lock:
+        run.done_bytes += count_bytes
+        if run.progress is None:
+            return
+        now_s = time.monotonic()
+        if final or now_s - run.reported_s >= PROGRESS_INTERVAL_S:
+            run.reported_s = now_s
+            elapsed_s = now_s - run.started_s
+            run.progress(Progress(run.done_bytes, run.total_bytes, run.resumed_bytes, elapsed_s, job.name))

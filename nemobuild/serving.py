@@ -1,0 +1,72 @@
+"""Serve until told to stop, and remember where, so that ``nemobuild chat`` finds the server by itself."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from nemobuild.errors import ChildFailed
+from nemobuild.triton.server import DEFAULT_PORTS, Endpoint, log_failure, running
+
+
+def serve_until_stopped(
+    repository: Path, endpoint: Endpoint, log: Path, ready_timeout_s: float, on_ready: Callable[[Endpoint], None]
+) -> None:
+    """Run Triton until SIGINT or SIGTERM. Raises ``ChildFailed`` when it cannot start, or ends by itself."""
+    stop = threading.Event()
+    before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        with running(
+            repository, endpoint, log, ready_timeout_s=ready_timeout_s, on_wait=lambda _: _leave_if(stop)
+        ) as process:
+            with _remembered(endpoint):
+                on_ready(endpoint)
+                while not stop.wait(0.2):
+                    if process.poll() is not None:
+                        raise ChildFailed(
+                            "triton-died",
+                            f"Triton ended by itself (status {process.returncode}).",
+                            why=f"{log_failure(log)}.",
+                            next=f"The whole log is in {log}.",
+                        )
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def present_endpoint() -> str:
+    """gRPC address of the server that ``serve`` started last and that still runs, else the usual port."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        state = json.loads(_state_file().read_text())
+        os.kill(int(state["pid"]), 0)
+        return f"{state['host']}:{state['grpc_port']}"
+    return f"127.0.0.1:{DEFAULT_PORTS[1]}"
+
+
+def _leave_if(stop: threading.Event) -> None:
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _remembered(endpoint: Endpoint):  # type: ignore[no-untyped-def]
+    file = _state_file()
+    with contextlib.suppress(OSError):  # a convenience only
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(asdict(endpoint) | {"pid": os.getpid()}))
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            file.unlink()
+
+
+def _state_file() -> Path:
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "nemobuild" / "endpoint.json"

@@ -1,0 +1,45 @@
+"""Bring the weights of a profile or of a Hub repository to a local folder.
+
+A source is a Hub id (``nvidia/NAME``), a folder, or ``package:smollm2-llama`` / ``package:smollm2-nas``: the demo model,
+which comes out of a Python package.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from nemobuild.config import load_profile
+from nemobuild.errors import UsageError
+from nemobuild.places import is_profile, place
+
+_PACKAGED = {"package:smollm2-llama": "llama", "package:smollm2-nas": "nas"}
+
+
+def fetch_source(
+    source: str, target: Path | None, revision: str | None, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """Folder with the complete weights of ``source``; a folder that is complete already is returned as it is.
+
+    ``progress`` gets (done, total) bytes. Raises ``RemoteError``, ``IntegrityError`` or ``UsageError``.
+    """
+    name = source
+    if is_profile(source):
+        model = load_profile(source).model
+        name, revision = model.source, revision or model.revision
+        target = target or place(source, "snapshot")
+    if name in _PACKAGED:
+        from nemobuild.demo import write_smollm2
+
+        return write_smollm2(_needed(target, source), form="llama" if _PACKAGED[name] == "llama" else "nas")
+    if Path(name).is_dir():
+        return Path(name)
+    from nemobuild.weights import hub
+
+    return hub.fetch(name, revision or "main", _needed(target, source), progress=progress)
+
+
+def _needed(target: Path | None, source: str) -> Path:
+    if target is None:
+        raise UsageError("no-target", "A folder for the snapshot is needed.", next=f"nemobuild fetch {source} -o FOLDER")
+    return target

@@ -1,0 +1,90 @@
+"""Calls from a step of this repository to the ``tensorrt_llm`` model: stream its responses, and stop it."""
+
+import contextlib
+import threading
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+ENGINE = "tensorrt_llm"
+OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs"]
+
+
+class EngineError(RuntimeError):
+    """The engine refused or failed; the text is the engine's own."""
+
+
+class Call:
+    """One running generation. ``cancelled`` turns true when its client went away."""
+
+    def __init__(self, request_id):
+        self.request_id = request_id
+        self.cancelled = False
+        self._stopping = False
+
+    def responses(self, arrays):
+        """Engine responses with tensors, in order. ``arrays``: name -> array with its batch axis."""
+        request = pb_utils.InferenceRequest(
+            model_name=ENGINE,
+            request_id=self.request_id,
+            requested_output_names=OUTPUTS,
+            inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
+        )
+        for response in request.exec(decoupled=True):
+            if response.has_error():
+                raise EngineError(response.error().message())
+            if response.output_tensors():
+                yield response
+
+    def stop(self):
+        """End the generation early; the engine then sends its last response as usual."""
+        if self._stopping:
+            return
+        self._stopping = True
+        one = np.ones((1, 1), np.int32)
+        arrays = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.ones((1, 1), np.bool_)}
+        request = pb_utils.InferenceRequest(
+            model_name=ENGINE,
+            request_id=self.request_id,
+            requested_output_names=OUTPUTS,
+            inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
+        )
+        for _ in request.exec(decoupled=True):
+            pass
+
+
+class ClientWatch:
+    """Looks for clients that went away, and stops what still runs for them.
+
+    A step waits inside the engine's iterator and cannot look for itself; one thread looks for all.
+    """
+
+    def __init__(self, period_s=0.05):
+        self._period_s = period_s
+        self._calls = {}
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="client-watch", daemon=True)
+        self._thread.start()
+
+    @contextlib.contextmanager
+    def call(self, sender, request_id):
+        """A ``Call`` that is stopped if ``sender``'s client goes away."""
+        call = Call(request_id)
+        self._calls[request_id] = (call, sender)
+        try:
+            yield call
+        finally:
+            del self._calls[request_id]
+
+    def close(self):
+        self._closed.set()
+
+    def _run(self):
+        while not self._closed.wait(self._period_s):
+            for call, sender in list(self._calls.values()):
+                if not call.cancelled and sender.is_cancelled():
+                    call.cancelled = True
+                    try:
+                        call.stop()
+                    except Exception as error:
+                        pb_utils.Logger.log_error(f"cannot stop {call.request_id}: {error}")

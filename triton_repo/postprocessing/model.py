@@ -1,0 +1,50 @@
+"""Engine tokens to text, reasoning, tool calls and counts. Last step of ``ensemble``; whole answers only."""
+
+import json
+
+import triton_python_backend_utils as pb_utils
+
+from .common import TextSide, output_tensor, refusal
+from .lib.runtime.answer import Answer
+from .lib.runtime.wire import output_tokens
+
+_INPUTS = ("output_ids", "sequence_length", "answer_context")
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.text = TextSide()
+
+    def execute(self, requests):
+        return [self._one(request) for request in requests]
+
+    def _one(self, request):
+        try:
+            arrays = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in _INPUTS}
+            context = json.loads(arrays["answer_context"].reshape(-1)[0])
+            ids = output_tokens(arrays["output_ids"], arrays["sequence_length"])
+            return pb_utils.InferenceResponse(self._outputs(ids, context))
+        except Exception as error:
+            return refusal(error)
+
+    def _outputs(self, ids, context):
+        answer = Answer(
+            self.text.vocabulary,
+            self.text.settings.reasoning,
+            start=context["start"],
+            stops=context["stops"],
+            end_ids=context["end_ids"],
+            tools=context["tools"],
+        )
+        first, last = answer.push(ids), answer.finish()
+        values = {
+            "text_output": context["echo"] + first.answer + last.answer,
+            "reasoning_output": first.reasoning + last.reasoning,
+            "tool_calls": json.dumps(first.tool_calls + last.tool_calls, ensure_ascii=False),
+            "finish_reason": answer.finish_reason(limit=len(ids) >= context["max_tokens"]),
+            "prompt_tokens": context["prompt_tokens"],
+            "reasoning_tokens": answer.reasoning_tokens,
+            "completion_tokens": answer.completion_tokens,
+        }
+        return [output_tensor(name, value) for name, value in values.items()]
+

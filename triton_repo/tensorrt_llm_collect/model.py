@@ -1,0 +1,55 @@
+"""One response out of the decoupled ``tensorrt_llm``: the middle step of ``ensemble``.
+
+Triton does not let a step of an ensemble take tensors of a decoupled model together with earlier ones, and
+``postprocessing`` needs both. This step waits for the last response, so the ensemble is an ordinary model: plain
+``infer`` works, on gRPC and HTTP.
+"""
+
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from .common import FINAL, output_array, refusal
+from .engine_calls import ClientWatch
+from .lib.runtime.wire import output_tokens
+
+
+class TritonPythonModel:
+    def initialize(self, args):
+        self.watch = ClientWatch()
+        self.pool = ThreadPoolExecutor(max_workers=256, thread_name_prefix="collect")
+
+    def execute(self, requests):
+        for request in requests:
+            arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            self.pool.submit(self._one, arrays, request.get_response_sender())
+
+    def finalize(self):
+        self.watch.close()
+        self.pool.shutdown(wait=False, cancel_futures=True)
+
+    def _one(self, arrays, sender):
+        try:
+            response = self._collect(arrays, sender)
+        except Exception as error:
+            response = refusal(error)
+        sender.send(response, flags=FINAL)
+
+    def _collect(self, arrays, sender):
+        ids, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
+        with self.watch.call(sender, uuid.uuid4().hex) as call:
+            for response in call.responses(arrays):
+                tokens = output_tokens(output_array(response, "output_ids"), output_array(response, "sequence_length"))
+                ids.append(np.array(tokens, np.int32))
+                log_probs.append(output_array(response, "output_log_probs").reshape(-1)[: len(tokens)])
+        tokens, probabilities = np.concatenate(ids), np.concatenate(log_probs).astype(np.float32)
+        return pb_utils.InferenceResponse(
+            [
+                pb_utils.Tensor("output_ids", tokens[None, None]),
+                pb_utils.Tensor("sequence_length", np.array([[tokens.size]], np.int32)),
+                pb_utils.Tensor("cum_log_probs", probabilities.sum(keepdims=True)[None]),
+                pb_utils.Tensor("output_log_probs", probabilities[None, None]),
+            ]
+        )
