@@ -54,6 +54,7 @@ def main() -> None:
         source, output, durable = options.child
         convert(open_snapshot(Path(source)), Path(output), workers=2, durable=durable == "1")
         return
+    load_before = os.getloadavg()[0]
     models = []
     for size in options.sizes:
         folder = Path(tempfile.mkdtemp(prefix="convert-bench-", dir=options.dir))
@@ -63,7 +64,8 @@ def main() -> None:
             shutil.rmtree(folder)
     result = {
         "command": f"python benchmarks/convert_bf16.py --rounds {options.rounds} --settle {options.settle:g}",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()},
+        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+        | {"load_average_before": round(load_before, 2)},
         "models": models,
     }
     options.results.mkdir(parents=True, exist_ok=True)
@@ -176,7 +178,9 @@ def _table(result: dict[str, Any]) -> str:
         "",
         f"`{result['command']}`; {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}; medians.",
         "",
-        "| model | " + " | ".join(CONTENDERS) + " | speed, both in memory | speed, both on disk | peak memory (stated) |",
+        "| model | "
+        + " | ".join(CONTENDERS)
+        + " | speed, both in memory | speed, both on disk | peak memory (stated) |",
         "|---|" + "---|" * (len(CONTENDERS) + 3),
     ]
     for model in result["models"]:

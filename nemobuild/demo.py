@@ -252,7 +252,7 @@ def _write_tensor(writer: ShardWriter, name: str, heads: int, tensor: Any) -> No
     for start in range(0, len(tensor.data), rows):
         values = np.asarray(dequantize(tensor.data[start : start + rows], tensor.tensor_type), np.float32)
         bits = _bf16(_unpermute(values, heads) if heads else values)
-        writer.write(name, bits, offset_bytes)
+        writer.write(name, bits.data, offset_bytes)
         offset_bytes += bits.nbytes
 
 

@@ -22,19 +22,21 @@ def serve_until_stopped(
     stop = threading.Event()
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
     try:
-        with running(
-            repository, endpoint, log, ready_timeout_s=ready_timeout_s, on_wait=lambda _: _leave_if(stop)
-        ) as process:
-            with _remembered(endpoint):
-                on_ready(endpoint)
-                while not stop.wait(0.2):
-                    if process.poll() is not None:
-                        raise ChildFailed(
-                            "triton-died",
-                            f"Triton ended by itself (status {process.returncode}).",
-                            why=f"{log_failure(log)}.",
-                            next=f"The whole log is in {log}.",
-                        )
+        with (
+            running(
+                repository, endpoint, log, ready_timeout_s=ready_timeout_s, on_wait=lambda _: _leave_if(stop)
+            ) as process,
+            _remembered(endpoint),
+        ):
+            on_ready(endpoint)
+            while not stop.wait(0.2):
+                if process.poll() is not None:
+                    raise ChildFailed(
+                        "triton-died",
+                        f"Triton ended by itself (status {process.returncode}).",
+                        why=f"{log_failure(log)}.",
+                        next=f"The whole log is in {log}.",
+                    )
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

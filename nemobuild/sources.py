@@ -1,7 +1,7 @@
 """Bring the weights of a profile or of a Hub repository to a local folder.
 
-A source is a Hub id (``nvidia/NAME``), a folder, or ``package:smollm2-llama`` / ``package:smollm2-nas``: the demo model,
-which comes out of a Python package.
+A source is a Hub id (``nvidia/NAME``), a folder, or ``package:smollm2-llama`` / ``package:smollm2-nas``: the demo
+model, which comes out of a Python package.
 """
 
 from __future__ import annotations
@@ -41,5 +41,7 @@ def fetch_source(
 
 def _needed(target: Path | None, source: str) -> Path:
     if target is None:
-        raise UsageError("no-target", "A folder for the snapshot is needed.", next=f"nemobuild fetch {source} -o FOLDER")
+        raise UsageError(
+            "no-target", "A folder for the snapshot is needed.", next=f"nemobuild fetch {source} -o FOLDER"
+        )
     return target

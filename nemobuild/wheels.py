@@ -71,7 +71,7 @@ def fetch_wheel(requirement: str, sha256: str, cache: Path | None = None) -> Pat
                     why=f"{wheel.name} has SHA-256 {found}, {sha256} was expected.",
                     next="Check the package index that pip uses (pip config list), then run the same command again.",
                 )
-            os.rename(wheel.parent, kept)
+            wheel.parent.rename(kept)
         except OSError as error:
             raise from_os_error(error, home, "keeping a downloaded wheel in") from error
         finally:
@@ -98,7 +98,7 @@ def unpack(wheel: Path, member_prefixes: Sequence[str], folder: Path) -> Path:
                         raise _bad_wheel(wheel, f"it holds nothing under {prefix}")
                     for member in members:
                         _extract(archive, member, wheel, stage)
-            os.rename(stage, folder)
+            stage.rename(folder)
         except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
             raise _bad_wheel(wheel, str(error) or "a member ends early") from error
         except OSError as error:
@@ -110,10 +110,10 @@ def unpack(wheel: Path, member_prefixes: Sequence[str], folder: Path) -> Path:
 
 @contextmanager
 def file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on ``path`` (made when absent); waits for another holder. Released by the kernel on death."""
+    """Hold an advisory lock on ``path`` (made when absent); waits for another holder. The kernel frees it on death."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle = open(path, "wb")  # noqa: SIM115 - held over the yield
+        handle = path.open("wb")
     except OSError as error:
         raise from_os_error(error, path, "opening the lock file") from error
     with handle:
@@ -128,7 +128,7 @@ def _only_wheel(folder: Path) -> Path | None:
 
 def _digest(file: Path) -> str:
     digest = hashlib.sha256()
-    with open(file, "rb") as stream:
+    with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
@@ -196,7 +196,7 @@ def _extract(archive: zipfile.ZipFile, member: zipfile.ZipInfo, wheel: Path, sta
         target.mkdir(parents=True, exist_ok=True)
         return
     target.parent.mkdir(parents=True, exist_ok=True)
-    with archive.open(member) as source, open(target, "wb") as sink:
+    with archive.open(member) as source, target.open("wb") as sink:
         shutil.copyfileobj(source, sink, _CHUNK_BYTES)
     target.chmod(0o755 if mode & 0o111 else 0o644)
 

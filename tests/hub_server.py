@@ -1,7 +1,7 @@
 """A Hub on the loopback: the routes that ``huggingface_hub`` uses, real HTTP, and faults that can be switched on.
 
-As on the real one, small files come from the Hub itself with their git blob id as ETag, and large ones (``*.safetensors``
-and ``tokenizer.json``) by a redirect to another host, which must not see the account's token.
+As on the real one, small files come from the Hub itself with their git blob id as ETag, and large ones
+(``*.safetensors`` and ``tokenizer.json``) by a redirect to another host, which must not see the account's token.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _RANGE = re.compile(r"bytes=(\d+)-")
 class Fault:
     """What happens to requests whose path contains ``path``; ``times`` counts down, None is for ever.
 
-    ``kind``: a status (int), ``cut`` (the connection ends after ``after`` bytes), ``other-bytes``, ``no-range`` (the whole
-    file, whatever was asked), ``longer`` (bytes after the end).
+    ``kind``: a status (int), ``cut`` (the connection ends after ``after`` bytes), ``other-bytes``, ``no-range`` (the
+    whole file, whatever was asked), ``longer`` (bytes after the end).
     """
 
     path: str
@@ -38,7 +38,7 @@ class Fault:
 
 @dataclass
 class Repo:
-    """Files by commit; ``branches`` name commits. ``gated`` refuses files, and ``private`` everything, without the token."""
+    """Files by commit; ``branches`` name commits. Without the token ``gated`` refuses files, ``private`` everything."""
 
     commits: dict[str, dict[str, bytes]]
     branches: dict[str, str]
@@ -108,14 +108,18 @@ def hub_server() -> Iterator[HubServer]:
                 hub.requests.append((self.command, path, dict(self.headers)))
             fault = hub.fault(path)
             if fault and isinstance(fault.kind, int):
-                return self.refuse(fault.kind, "", "by order of the test", fault.headers)
+                self.refuse(fault.kind, "", "by order of the test", fault.headers)
+                return
             if path.startswith("/cdn/"):
-                return self.cdn(path, fault)
+                self.cdn(path, fault)
+                return
             if match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path):
-                return self.listing(*match.groups(), with_blobs="blobs" in parse_qs(url.query))
+                self.listing(*match.groups(), with_blobs="blobs" in parse_qs(url.query))
+                return
             if match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
-                return self.resolve(*match.groups(), fault)
-            return self.refuse(404, "", "no such route")
+                self.resolve(*match.groups(), fault)
+                return
+            self.refuse(404, "", "no such route")
 
         def repo(self, repo_id: str, revision: str) -> tuple[Repo, str] | None:
             repo = hub.repos.get(repo_id)
@@ -154,20 +158,24 @@ def hub_server() -> Iterator[HubServer]:
                 return
             repo, commit = found
             if repo.gated and not self.has_token():
-                return self.refuse(401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+                self.refuse(401, "GatedRepo", f"Access to model {repo_id} is restricted.")
+                return
             data = repo.commits[commit].get(name)
             if data is None:
-                return self.refuse(404, "EntryNotFound", "Entry not found")
+                self.refuse(404, "EntryNotFound", "Entry not found")
+                return
             headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             if not is_large(name):
-                return self.content(data, headers | {"ETag": f'"{git_sha1(data)}"'}, fault)
+                self.content(data, headers | {"ETag": f'"{git_sha1(data)}"'}, fault)
+                return
             etag = hashlib.sha256(data).hexdigest()
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "ETag": f'"{etag}"'}
             self.send(302, headers | {"Location": f"{hub.cdn}/cdn/{repo_id}/{commit}/{name}"}, b"")
 
         def cdn(self, path: str, fault: Fault | None) -> None:
             if "Authorization" in self.headers:
-                return self.refuse(400, "", "Only one auth mechanism allowed")
+                self.refuse(400, "", "Only one auth mechanism allowed")
+                return
             _, _, owner, model, commit, name = path.split("/", 5)
             self.content(hub.repos[f"{owner}/{model}"].commits[commit][name], {"Accept-Ranges": "bytes"}, fault)
 

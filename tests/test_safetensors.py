@@ -123,7 +123,7 @@ def test_keep_continues_only_a_file_of_the_right_size(tmp_path: Path) -> None:
     assert read_array(read_header(path)["a"]).tobytes() == b"\0" * 5
 
 
-BAD = {
+BAD: dict[str, tuple[dict[str, Any], str]] = {
     "header-longer-than-file": ({"header": {"a": entry(0, 4)}, "data": b"1234", "length": 10**6}, "shard-truncated"),
     "header-above-limit": ({"header": b"{}" + b" " * 4000, "length": 3999}, "bad-header"),
     "header-length-too-short": ({"header": {"a": entry(0, 4)}, "data": b"1234", "length": 9}, "bad-header"),

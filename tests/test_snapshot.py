@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from nemobuild.errors import NemobuildError
@@ -19,13 +20,13 @@ from tests.tiny import llama_config, random_weights, tiny_config, write_model, w
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
 
-def change_index(folder: Path, change: Callable[[dict[str, str]], Any]) -> None:
+def change_index(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     index = json.loads((folder / INDEX).read_text())
     change(index["weight_map"])
     (folder / INDEX).write_text(json.dumps(index))
 
 
-def change_weights(folder: Path, file: str, change: Callable[[dict[str, np.ndarray]], Any]) -> None:
+def change_weights(folder: Path, file: str, change: Callable[[dict[str, NDArray[Any]]], Any]) -> None:
     weights = load_file(folder / file)
     change(weights)
     save_file(weights, folder / file)
@@ -64,7 +65,7 @@ def test_fingerprint_follows_every_file(tmp_path: Path) -> None:
 def test_harmless_extras_are_listed_not_read(tmp_path: Path) -> None:
     folder = write_model(tmp_path / "m", llama_config(), shards=1)
 
-    def add(weights: dict[str, np.ndarray]) -> None:
+    def add(weights: dict[str, NDArray[Any]]) -> None:
         weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
         weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = np.ones(8, np.float32)
 
@@ -82,12 +83,17 @@ def pointer(folder: Path) -> None:
     (folder / SECOND).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
 
 
-def wrong_shape(weights: dict[str, np.ndarray]) -> None:
+def dangling(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(folder / "gone")
+
+
+def wrong_shape(weights: dict[str, NDArray[Any]]) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     weights[name] = weights[name][:-1].copy()
 
 
-def wrong_dtype(weights: dict[str, np.ndarray]) -> None:
+def wrong_dtype(weights: dict[str, NDArray[Any]]) -> None:
     weights["model.layers.0.self_attn.k_proj.weight"] = np.zeros((64, 128), np.int8)
 
 
@@ -117,12 +123,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str, int, str]] = {
     "truncated-shard": (truncate, "shard-truncated", 5, SECOND),
     "pointer-file": (pointer, "pointer-file", 5, SECOND),
     "missing-shard": (lambda f: (f / SECOND).unlink(), "shard-missing", 5, SECOND),
-    "dangling-link": (
-        lambda f: ((f / SECOND).unlink(), (f / SECOND).symlink_to(f / "gone")),
-        "shard-missing",
-        5,
-        SECOND,
-    ),
+    "dangling-link": (dangling, "shard-missing", 5, SECOND),
     "shard-not-in-index": (
         lambda f: save_file({"x": np.zeros(1, np.float32)}, f / "other.safetensors"),
         "shard-not-in-index",

@@ -12,6 +12,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from nemobuild.convert import verify as module
@@ -77,7 +78,7 @@ def test_wider_sources_pass_after_rounding(dtype: Any, tmp_path: Path) -> None:
     assert result.max_logit_error == 0
 
 
-def change(folder: Path, rank: int, how: Callable[[dict[str, np.ndarray]], Any]) -> None:
+def change(folder: Path, rank: int, how: Callable[[dict[str, NDArray[Any]]], Any]) -> None:
     path = folder / f"rank{rank}.safetensors"
     tensors = load_file(path)
     how(tensors)
@@ -91,7 +92,7 @@ def change_config(folder: Path, how: Callable[[dict[str, Any]], Any]) -> None:
 
 
 def swap_gate_and_up(folder: Path) -> None:
-    def swap(tensors: dict[str, np.ndarray]) -> None:
+    def swap(tensors: dict[str, NDArray[Any]]) -> None:
         fc, gate = "transformer.layers.0.ffn.fc.weight", "transformer.layers.0.ffn.gate.weight"
         tensors[fc], tensors[gate] = tensors[gate], tensors[fc]
 
@@ -115,7 +116,7 @@ def flip_one_bit(folder: Path) -> None:
 
 
 def swap_k_and_v(folder: Path) -> None:
-    def swap(tensors: dict[str, np.ndarray]) -> None:
+    def swap(tensors: dict[str, NDArray[Any]]) -> None:
         qkv = tensors["transformer.layers.0.attention.qkv.weight"]
         kv = (len(qkv) - 64) // 2
         tensors["transformer.layers.0.attention.qkv.weight"] = np.concatenate(
@@ -126,11 +127,11 @@ def swap_k_and_v(folder: Path) -> None:
         change(folder, rank, swap)
 
 
-def dirty_padding(tensors: dict[str, np.ndarray]) -> None:
+def dirty_padding(tensors: dict[str, NDArray[Any]]) -> None:
     tensors["lm_head.weight"][-1, 5] = 1
 
 
-def poison(tensors: dict[str, np.ndarray]) -> None:
+def poison(tensors: dict[str, NDArray[Any]]) -> None:
     tensors["transformer.vocab_embedding.weight"][:] = np.nan
 
 
@@ -220,7 +221,8 @@ def test_prompts(made: tuple[Snapshot, Path], tmp_path: Path) -> None:
     assert verify(folder, snapshot, []).max_logit_error is None
     assert verify(folder, snapshot, [[1, 2, 3], [264]]).prompt_tokens == 4
     assert default_prompts(snapshot.spec) == default_prompts(snapshot.spec)
-    for prompts in ([[]], [[265]], [[-1]]):
+    bad: list[list[list[int]]] = [[[]], [[265]], [[-1]]]
+    for prompts in bad:
         with pytest.raises(UsageError):
             verify(folder, snapshot, prompts)
     with pytest.raises(UsageError):

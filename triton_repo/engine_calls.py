@@ -7,7 +7,7 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 ENGINE = "tensorrt_llm"
-OUTPUTS = ["output_ids", "sequence_length", "cum_log_probs", "output_log_probs"]
+OUTPUTS = ["output_ids", "sequence_length", "output_log_probs"]
 
 
 class EngineError(RuntimeError):
@@ -56,12 +56,14 @@ class Call:
 class ClientWatch:
     """Looks for clients that went away, and stops what still runs for them.
 
-    A step waits inside the engine's iterator and cannot look for itself; one thread looks for all.
+    A step waits inside the engine's iterator and cannot look for itself; one thread looks for all. It never asks
+    about a sender that may have sent its last response: Triton frees that sender, and asking would crash the server.
     """
 
     def __init__(self, period_s=0.05):
         self._period_s = period_s
         self._calls = {}
+        self._asking = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="client-watch", daemon=True)
         self._thread.start()
@@ -74,17 +76,27 @@ class ClientWatch:
         try:
             yield call
         finally:
-            del self._calls[request_id]
+            with self._asking:
+                del self._calls[request_id]
 
     def close(self):
         self._closed.set()
 
     def _run(self):
         while not self._closed.wait(self._period_s):
-            for call, sender in list(self._calls.values()):
-                if not call.cancelled and sender.is_cancelled():
-                    call.cancelled = True
+            for request_id in list(self._calls):
+                call = self._find_left(request_id)
+                if call is not None:
                     try:
                         call.stop()
                     except Exception as error:
-                        pb_utils.Logger.log_error(f"cannot stop {call.request_id}: {error}")
+                        pb_utils.Logger.log_error(f"cannot stop {request_id}: {error}")
+
+    def _find_left(self, request_id):
+        """The call of that id, if its client has just been found to be gone."""
+        with self._asking:
+            call, sender = self._calls.get(request_id, (None, None))
+            if call is None or call.cancelled or not sender.is_cancelled():
+                return None
+            call.cancelled = True
+            return call

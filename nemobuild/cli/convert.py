@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -16,7 +15,9 @@ def convert(
     target: Output = None,
     precision: Annotated[str, typer.Option(help="bf16.")] = "bf16",
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks (default: the profile's, or 1).")] = None,
-    pp: Annotated[int | None, typer.Option(min=1, help="Pipeline-parallel ranks (default: the profile's, or 1).")] = None,
+    pp: Annotated[
+        int | None, typer.Option(min=1, help="Pipeline-parallel ranks (default: the profile's, or 1).")
+    ] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Threads; default: one per core, at most 8.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a run that was killed.")] = False,
     json: Json = False,
@@ -36,7 +37,9 @@ def convert(
         tp, pp = tp or checkpoint.tensor_parallel, pp or checkpoint.pipeline_parallel
         target = target or place(source, "checkpoint")
     if target is None:
-        raise UsageError("no-target", "A folder for the checkpoint is needed.", next=f"nemobuild convert {source} -o FOLDER")
+        raise UsageError(
+            "no-target", "A folder for the checkpoint is needed.", next=f"nemobuild convert {source} -o FOLDER"
+        )
     target.parent.mkdir(parents=True, exist_ok=True)
     snapshot = open_snapshot(source_folder(source))
     plan = executor.prepare(snapshot, tp=tp or 1, pp=pp or 1, workers=workers)
@@ -62,5 +65,9 @@ def convert(
         "elapsed_s": report.elapsed_s,
         "resumed_bytes": report.resumed_bytes,
     }
-    text = f"checkpoint  {target}\nwritten     {output.speed(report.target_bytes, report.elapsed_s)}\nkey         {report.key[:16]}"
-    output.result(value, text, as_json=json)
+    rows = [
+        ("checkpoint", str(target)),
+        ("written", output.speed(report.target_bytes, report.elapsed_s)),
+        ("key", report.key[:16]),
+    ]
+    output.result(value, output.table(rows), as_json=json)

@@ -29,6 +29,6 @@ def inspect(
             svg.write_text(picture.svg_picture(spec, Path(model).name), encoding="utf-8")
         except OSError as error:
             raise from_os_error(error, svg, "writing") from error
-    columns = max(20, min(100, shutil.get_terminal_size().columns - 12))
+    columns = max(20, min(100, shutil.get_terminal_size().columns - 12) // 10 * 10)  # rows begin at round numbers
     text = f"{picture.terminal_picture(spec, columns)}\n\n{output.table(picture.summary(spec))}"
     output.result(picture.as_json(spec), text, as_json=json)

@@ -13,7 +13,9 @@ from nemobuild.cli.options import Json
 
 def serve(
     what: Annotated[str, typer.Argument(help="Model repository, or a profile whose repository was made.")],
-    host: Annotated[str, typer.Option(help="Address to listen on. Loopback: nobody outside this machine.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Loopback: nobody outside this machine.")
+    ] = "127.0.0.1",
     http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8000, or a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8001, or a free one.")] = None,
     metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8002, or a free one.")] = None,

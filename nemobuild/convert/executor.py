@@ -29,7 +29,7 @@ from nemobuild.units import format_bytes
 from nemobuild.weights.safetensors import ITEM_BYTES, ShardWriter
 from nemobuild.weights.snapshot import Snapshot, fingerprint
 
-SYNC_BYTES = 256 << 20
+SYNC_BYTES = 64 << 20
 # Interpreter with NumPy and the CLI, and the head room of the allocator.
 BASE_MEMORY_BYTES = 96 << 20
 # Room for config.json, manifest.json, the journal and the folder itself.

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
-from nemobuild.errors import UsageError, from_os_error
+from nemobuild.errors import NemobuildError, UsageError, from_os_error
 
 NAME = "journal"
 
@@ -29,14 +29,13 @@ class Journal:
     def __init__(self, output: Path, identity: Mapping[str, str], *, resume: bool) -> None:
         self.output = output
         self.folder = partial_folder(output)
+        self._fd = -1
         refuse_existing(output)
+        left_over = True
         try:
             self.folder.parent.mkdir(parents=True, exist_ok=True)
             left_over = not _made(self.folder)
             self._fd = self._lock()
-        except OSError as error:
-            raise from_os_error(error, self.folder, "creating") from error
-        try:
             # Another process may have finished between the first look and the lock.
             refuse_existing(output)
             if left_over and not resume:
@@ -47,8 +46,11 @@ class Journal:
                     next=f"Add --resume to finish it, or delete {self.folder} to start again.",
                 )
             self.done = self._continue(identity)
-        except BaseException:
-            self.close()
+        except OSError as error:
+            self._abandon(made=not left_over)
+            raise from_os_error(error, self.folder, "creating") from error
+        except NemobuildError:
+            self._abandon(made=not left_over)
             raise
 
     def add(self, jobs: Iterable[int]) -> None:
@@ -86,6 +88,12 @@ class Journal:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def _abandon(self, *, made: bool) -> None:
+        """Leave as little as was found, unless the folder is another's."""
+        if made and self._fd >= 0:
+            self.discard()
+        self.close()
 
     def _lock(self) -> int:
         path = self.folder / NAME

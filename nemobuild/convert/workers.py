@@ -126,7 +126,7 @@ def _work(run: Run) -> None:
                 break
             if _do(run, job, buffers):
                 run.finished.put(number)
-    except BaseException as error:  # noqa: BLE001 - the main thread raises it
+    except BaseException as error:
         run.stop = True
         run.finished.put(error)
     finally:

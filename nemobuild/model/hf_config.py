@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
 from nemobuild.model.spec import Attention, Block, Linear, Llama3Scaling, Mlp, ModelSpec, NoOp, Rope
@@ -265,7 +265,7 @@ class _Reader:
         value = default if value is None else value
         if not _is_int(value) or not 0 < value < 1 << 40:
             raise self.bad(key, f"{value!r} is not a positive whole number")
-        return int(value)
+        return value
 
     def number(self, key: str, default: float) -> float:
         value = self.config.get(key, default)
@@ -282,5 +282,5 @@ class _Reader:
         return UsageError(code, f"{field} in {self.source}: {problem}.", next="Check that the file is the model's own.")
 
 
-def _is_int(value: Any) -> bool:
+def _is_int(value: Any) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)

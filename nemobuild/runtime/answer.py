@@ -1,7 +1,7 @@
 """Tokens of one answer to the parts that a client sees: detokenise, stop, split, count.
 
-Used the same way by ``chat`` (a push for every chunk) and by ``postprocessing`` (one push, then the end), so that a whole
-answer equals the joined deltas.
+Used the same way by ``chat`` (a push for every chunk) and by ``postprocessing`` (one push, then the end), so that a
+whole answer equals the joined deltas.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Check OpenAI-style messages and tools, and bring them into the one form that chat templates expect.
 
 Repaired by rule: ``content: null`` of an assistant becomes the empty string, a list of text parts becomes their text
-joined by newlines, ``developer`` is another name of ``system``. Everything else that a template would drop or print in raw form is
-refused by name.
+joined by newlines, ``developer`` is another name of ``system``. Everything else that a template would drop or print in
+raw form is refused by name.
 """
 
 from __future__ import annotations

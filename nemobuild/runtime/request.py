@@ -40,10 +40,16 @@ class Request:
 
 
 def with_parameters(values: Mapping[str, Any], parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """Field values with those that came as request parameters. An input tensor wins; an unknown parameter is refused."""
+    """Field values with those that came as request parameters. A tensor wins; an unknown parameter is refused."""
     merged = dict(values)
     for name, value in parameters.items():
-        if name.startswith("triton_") or name in ("sequence_id", "sequence_start", "sequence_end", "priority", "timeout"):
+        if name.startswith("triton_") or name in (
+            "sequence_id",
+            "sequence_start",
+            "sequence_end",
+            "priority",
+            "timeout",
+        ):
             continue  # Triton's own
         if name not in PARAMETERS:
             raise RequestError(name, f"this field is unknown; parameters may be {', '.join(PARAMETERS)}")

@@ -22,7 +22,7 @@ MAX_TEMPLATE_CHARACTERS = 1 << 20
 class _Generation(Extension):
     """``{% generation %}`` marks the assistant's text for training; at inference it only wraps its body."""
 
-    tags = {"generation"}  # noqa: RUF012 (jinja2 asks for a class attribute)
+    tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node | list[nodes.Node]:
         next(parser.stream)

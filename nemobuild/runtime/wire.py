@@ -1,4 +1,4 @@
-"""Token sequences as the ``tensorrt_llm`` model takes and gives them. NumPy only: the CPU engine's adapter needs no more."""
+"""Token sequences as the ``tensorrt_llm`` model takes and gives them. NumPy only: the CPU adapter needs no more."""
 
 from __future__ import annotations
 
@@ -32,5 +32,5 @@ def unpack_words(packed: Array) -> list[list[int]]:
 
 def output_tokens(output_ids: Array, sequence_length: Array) -> list[int]:
     """Generated ids of one response: the first beam of the first sequence, without padding."""
-    row = output_ids.reshape(-1, output_ids.shape[-1])[0]
-    return [int(token) for token in row[: int(sequence_length.reshape(-1)[0])]]
+    first = output_ids[(0,) * (output_ids.ndim - 1)]
+    return [int(token) for token in first[: int(sequence_length.reshape(-1)[0])]]

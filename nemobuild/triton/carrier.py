@@ -125,7 +125,7 @@ def check_platform() -> None:
         raise ToolchainError(
             "no-triton",
             "There is no tritonserver on PATH, and the one in the package index does not run on this machine.",
-            why=f"It needs x86-64 Linux with glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer; this is {system}, {library}.",
+            why=f"It needs x86-64 Linux with glibc {MIN_GLIBC[0]}.{MIN_GLIBC[1]} or newer. Here: {system}, {library}.",
             next="Install Triton and put tritonserver on PATH, or work inside its container.",
         )
 
@@ -198,7 +198,7 @@ def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, package
                 config = f"home = {python.parent}\ninclude-system-site-packages = false\n"
                 (stage / "pyvenv.cfg").write_text(config)
                 (site / "environment.pth").write_text("\n".join(packages) + "\n")
-                os.rename(stage, folder)
+                stage.rename(folder)
         except OSError as error:
             raise from_os_error(error, folder, "preparing Triton's Python backend in") from error
     return folder

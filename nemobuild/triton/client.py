@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -46,6 +47,8 @@ def stream(
             if response.outputs:
                 yield {output.name: _value(result.as_numpy(output.name), output.name) for output in response.outputs}
     except InferenceServerException as error:
+        with contextlib.suppress(queue.Empty):  # why the stream broke came to the callback first
+            error = arrived.get_nowait()[1] or error
         raise _explain(error, url) from error
     finally:
         client.stop_stream(cancel_requests=not finished)

@@ -103,7 +103,7 @@ GENERATION_INPUTS: tuple[str, ...] = (
     "return_log_probs",
     "exclude_input_in_output",
 )
-GENERATION_OUTPUTS: tuple[str, ...] = ("output_ids", "sequence_length", "cum_log_probs", "output_log_probs")
+GENERATION_OUTPUTS: tuple[str, ...] = ("output_ids", "sequence_length", "output_log_probs")
 
 
 def by_name(tensors: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[Tensor, ...]:

@@ -20,34 +20,31 @@ from nemobuild.triton.contract import (
 from nemobuild.triton.pbtxt import Step, TritonModel
 
 _CONTEXT = Tensor("answer_context", "STRING")
-_LOG_PROBS = ("cum_log_probs", "output_log_probs")
 
 
 def repository_models(profile: EngineConfig) -> tuple[TritonModel, ...]:
     """Records of the entry models ``chat`` and ``ensemble``, of the ensemble's three steps, and of the engine."""
     request = tuple(_field(field, optional=True) for field in INPUTS)
     answer = tuple(_field(field) for field in OUTPUTS)
-    text = tuple(t for t in answer if t.name not in _LOG_PROBS)
     # The steps always pass every tensor of a generation, one request at a time.
     generation = tuple(
         replace(t, optional=False, ragged=False, scalar=False) for t in by_name(ENGINE_INPUTS, GENERATION_INPUTS)
     )
     tokens = by_name(ENGINE_OUTPUTS, GENERATION_OUTPUTS)
-    log_probs = by_name(ENGINE_OUTPUTS, _LOG_PROBS)
-    to_text = (*by_name(ENGINE_OUTPUTS, ("output_ids", "sequence_length")), _CONTEXT)
+    to_text = (*tokens, _CONTEXT)
     return (
         TritonModel("chat", request, answer, decoupled=True),
         TritonModel("preprocessing", request, (*generation, _CONTEXT)),
         TritonModel("tensorrt_llm_collect", generation, tokens),
-        TritonModel("postprocessing", to_text, text),
+        TritonModel("postprocessing", to_text, answer),
         TritonModel(
             "ensemble",
             request,
-            (*text, *log_probs),
+            answer,
             steps=(
                 Step("preprocessing", _wires(request), _wires((*generation, _CONTEXT), inner="_")),
-                Step("tensorrt_llm_collect", _wires(generation, inner="_"), _collected(tokens)),
-                Step("postprocessing", _wires(to_text, inner="_"), _wires(text)),
+                Step("tensorrt_llm_collect", _wires(generation, inner="_"), _wires(tokens, inner="_")),
+                Step("postprocessing", _wires(to_text, inner="_"), _wires(answer)),
             ),
         ),
         _engine(profile),
@@ -90,8 +87,3 @@ def _field(field: Field, *, optional: bool = False) -> Tensor:
 def _wires(tensors: Iterable[Tensor], inner: str = "") -> dict[str, str]:
     """Step tensor -> ensemble tensor; ``inner`` marks names that are not the ensemble's own inputs or outputs."""
     return {tensor.name: inner + tensor.name for tensor in tensors}
-
-
-def _collected(tokens: Iterable[Tensor]) -> dict[str, str]:
-    """Log-probabilities leave the ensemble as they are; token ids go on to ``postprocessing``."""
-    return {t.name: t.name if t.name in _LOG_PROBS else f"_{t.name}" for t in tokens}

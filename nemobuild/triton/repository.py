@@ -208,11 +208,12 @@ def _try_template(template: str, settings: Settings, tokenizer: Any) -> None:
         prompts = [builder.from_messages(hello, None, mode).text for mode in modes]
     except (RequestError, ValueError) as error:
         raise IntegrityError("bad-template", "The model's chat template does not work.", why=f"{error}.") from error
-    if len(set(prompts)) < len(modes):
+    policy = settings.reasoning
+    if len(set(prompts)) < len(modes) or (policy.switch == "directive" and policy.off in prompts[-1]):
         raise UsageError(
             "policy-mismatch",
             "reasoning.policy does not fit the model's chat template.",
-            why="Reasoning on and off give the same prompt.",
+            why="The template does not react to the switch of that policy.",
             next="Name the policy of this model in the profile (see engine_configs/reasoning.yaml).",
         )
 
@@ -231,7 +232,9 @@ def _token_text(token: Any) -> str | None:
 
 def _engine_files(profile: EngineConfig, engine: Path) -> dict[str, bytes | Path]:
     if not (engine / "config.json").is_file():
-        raise UsageError("no-engine", f"{engine} has no config.json.", next="Give the folder that convert or build made.")
+        raise UsageError(
+            "no-engine", f"{engine} has no config.json.", next="Give the folder that convert or build made."
+        )
     folder = "tensorrt_llm/1/checkpoint" if profile.runtime == "cpu" else "tensorrt_llm/1"
     suffix = "safetensors" if profile.runtime == "cpu" else "engine"
     ranks = profile.checkpoint.tensor_parallel * profile.checkpoint.pipeline_parallel
@@ -276,6 +279,7 @@ Start it from this folder:
 
     curl -s localhost:8000/v2/models/ensemble/generate -d '{{"text_input": "Hello", "max_tokens": 20}}'
 
-Context: {settings.limits.max_context_tokens} tokens. Reasoning: {settings.reasoning.switch}. Runtime: {profile.runtime}.
+Context: {settings.limits.max_context_tokens} tokens. Reasoning switch: {settings.reasoning.switch}.
+Runtime: {profile.runtime}.
 The Python steps need numpy, tokenizers and jinja2 in the server's Python.
 """

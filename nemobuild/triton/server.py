@@ -52,7 +52,9 @@ class Endpoint:
         return f"{self.host}:{self.grpc_port}"
 
 
-def choose_endpoint(host: str = "127.0.0.1", ports: tuple[int | None, int | None, int | None] = (None,) * 3) -> Endpoint:
+def choose_endpoint(
+    host: str = "127.0.0.1", ports: tuple[int | None, int | None, int | None] = (None,) * 3
+) -> Endpoint:
     """Ports for HTTP, gRPC and metrics: those asked for, else 8000 to 8002, else any free ones.
 
     Raises ``UsageError`` when a port that was asked for is in use, or the host is not an address of this machine.
@@ -98,7 +100,9 @@ def running(
     """
     install = install or find_triton()
     if not any(repository.glob("*/config.pbtxt")):
-        raise UsageError("no-repository", f"{repository} is not a model repository.", next="Make one: `nemobuild repo`.")
+        raise UsageError(
+            "no-repository", f"{repository} is not a model repository.", next="Make one: `nemobuild repo`."
+        )
     prefix = f"nemobuild_{os.getpid()}_{endpoint.grpc_port}_"
     try:
         log.parent.mkdir(parents=True, exist_ok=True)

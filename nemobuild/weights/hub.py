@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -63,16 +62,17 @@ def fetch(
         commit, files = hub.listing(revision)
         if _is_fetched(dest, repo_id, commit):
             return dest
+        wanted = select(files, repo_id)
         stage = dest.with_name(f"{dest.name}.partial-{commit[:12]}")
         try:
             for other in dest.parent.glob(f"{dest.name}.partial-*"):
                 if other != stage:
                     shutil.rmtree(other)
             stage.mkdir(parents=True, exist_ok=True)
-            digests = _download_all(hub, commit, files, stage, progress)
+            digests = _download_all(hub, commit, _jobs(hub, commit, files, wanted, stage), stage, progress)
             record = {"repo": repo_id, "commit": commit, "files": digests}
             (stage / SOURCE).write_text(json.dumps(record, indent=2) + "\n")
-            os.rename(stage, dest)
+            stage.rename(dest)
         except OSError as error:
             raise from_os_error(error, dest, "fetching a model to") from error
     return dest
@@ -91,23 +91,33 @@ def select(files: Mapping[str, RemoteFile], repo_id: str) -> list[RemoteFile]:
     return sorted(wanted, key=lambda f: (f.name != INDEX, f.name))
 
 
+def _jobs(
+    hub: HubClient, commit: str, files: Mapping[str, RemoteFile], wanted: Sequence[RemoteFile], stage: Path
+) -> list[RemoteFile]:
+    """All files to fetch, largest first. The index says which shards belong to the model; repositories hold others."""
+    shards = [SINGLE]
+    if INDEX in files:
+        try:
+            hub.download(commit, files[INDEX], stage / INDEX, Meter(0, None), Event())
+            weight_map = load_json(stage / INDEX).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise IntegrityError("bad-index", f"{INDEX} of {hub.repo_id} has no usable weight_map.")
+            shards = sorted(set(weight_map.values()))
+            if absent := [n for n in shards if n not in files or not n.endswith(".safetensors")]:
+                raise IntegrityError(
+                    "shard-missing", f"{INDEX} of {hub.repo_id} names {absent[0]!r}, which is not there."
+                )
+        except IntegrityError:
+            shutil.rmtree(stage)  # nothing to go on from
+            raise
+    return sorted([*wanted, *(files[n] for n in shards)], key=lambda f: -f.size_bytes)
+
+
 def _download_all(
-    hub: HubClient, commit: str, files: Mapping[str, RemoteFile], stage: Path, progress: Progress | None
+    hub: HubClient, commit: str, jobs: Sequence[RemoteFile], stage: Path, progress: Progress | None
 ) -> dict[str, dict[str, object]]:
-    small = select(files, hub.repo_id)
-    if INDEX in files:  # it says which shards belong to the model; repositories hold others too
-        hub.download(commit, files[INDEX], stage / INDEX, Meter(0, None), Event())
-        weight_map = load_json(stage / INDEX).get("weight_map")
-        if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-            raise IntegrityError("bad-index", f"{INDEX} of {hub.repo_id} has no usable weight_map.")
-        shards = sorted(set(weight_map.values()))
-        if absent := [n for n in shards if n not in files or not n.endswith(".safetensors")]:
-            raise IntegrityError("shard-missing", f"{INDEX} of {hub.repo_id} names {absent[0]!r}, which is not there.")
-    else:
-        shards = [SINGLE]
-    jobs = sorted([*small, *(files[n] for n in shards)], key=lambda f: -f.size_bytes)
-    for entry in stage.iterdir():  # from an earlier version of us, or of the list
-        if entry.name not in {f.name for f in jobs}:
+    for entry in stage.iterdir():  # only what an earlier call left, and only as it left it
+        if entry.name not in {f.name for f in jobs} or entry.is_symlink():
             entry.unlink()
     total_bytes = sum(f.size_bytes for f in jobs)
     present_bytes = sum(f.stat().st_size for f in stage.iterdir())
@@ -134,7 +144,7 @@ def _download_all(
 
 
 def _is_fetched(dest: Path, repo_id: str, commit: str) -> bool:
-    """Whether ``dest`` holds this commit, with files of the recorded sizes. Refuses a ``dest`` that holds other things."""
+    """Whether ``dest`` holds this commit, with files of the recorded sizes. Refuses a ``dest`` with other things."""
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
     try:

@@ -200,13 +200,14 @@ class Sink:
     def __init__(self, file: RemoteFile, path: Path, meter: Meter, stop: Event) -> None:
         self.file, self.path, self.meter, self.stop = file, path, meter, stop
 
-    def __enter__(self) -> Sink:  # noqa: PYI034 - Self needs Python 3.11
+    def __enter__(self) -> Sink:
         try:
-            self.handle = open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644), "r+b")
+            self.path.touch()
+            self.handle = self.path.open("r+b")
             self._forget()
-            if os.fstat(self.handle.fileno()).st_size > self.file.size_bytes:
+            if self.path.stat().st_size > self.file.size_bytes:
                 self.handle.truncate(0)
-            while chunk := self.handle.read(_CHUNK_BYTES):
+            while chunk := self.handle.read(min(_CHUNK_BYTES, self.file.size_bytes - self.size_bytes)):
                 self._count(chunk)
         except OSError as error:
             raise from_os_error(error, self.path, "reading") from error

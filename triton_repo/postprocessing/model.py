@@ -8,7 +8,7 @@ from .common import TextSide, output_tensor, refusal
 from .lib.runtime.answer import Answer
 from .lib.runtime.wire import output_tokens
 
-_INPUTS = ("output_ids", "sequence_length", "answer_context")
+_INPUTS = ("output_ids", "sequence_length", "output_log_probs", "answer_context")
 
 
 class TritonPythonModel:
@@ -23,11 +23,12 @@ class TritonPythonModel:
             arrays = {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in _INPUTS}
             context = json.loads(arrays["answer_context"].reshape(-1)[0])
             ids = output_tokens(arrays["output_ids"], arrays["sequence_length"])
-            return pb_utils.InferenceResponse(self._outputs(ids, context))
+            log_probs = arrays["output_log_probs"].reshape(-1).tolist()
+            return pb_utils.InferenceResponse(self._outputs(ids, log_probs, context))
         except Exception as error:
             return refusal(error)
 
-    def _outputs(self, ids, context):
+    def _outputs(self, ids, log_probs, context):
         answer = Answer(
             self.text.vocabulary,
             self.text.settings.reasoning,
@@ -37,6 +38,7 @@ class TritonPythonModel:
             tools=context["tools"],
         )
         first, last = answer.push(ids), answer.finish()
+        log_probs = log_probs[: answer.completion_tokens]  # the engine may have gone on after a stop string
         values = {
             "text_output": context["echo"] + first.answer + last.answer,
             "reasoning_output": first.reasoning + last.reasoning,
@@ -45,6 +47,7 @@ class TritonPythonModel:
             "prompt_tokens": context["prompt_tokens"],
             "reasoning_tokens": answer.reasoning_tokens,
             "completion_tokens": answer.completion_tokens,
+            "cum_log_probs": sum(log_probs),
+            "output_log_probs": log_probs,
         }
         return [output_tensor(name, value) for name, value in values.items()]
-

@@ -82,7 +82,7 @@ class TritonPythonModel:
         """The engine's loop must not ask Triton at every step whether a client is still there."""
         while not self.closed.wait(CLIENT_CHECK_PERIOD_S):
             for stream in list(self.running):
-                stream.client_left = stream.client_left or stream.sender.is_cancelled()
+                stream.look()
 
 
 class _Stream:
@@ -92,15 +92,25 @@ class _Stream:
         self.sender, self.running, self.streaming = sender, running, streaming
         self.tokens, self.log_probs, self.total = list(echo), [], 0.0
         self.client_left = False
+        self.lock = threading.Lock()
+
+    def look(self):
+        """Is the client gone? Never asked after the last response: Triton frees the sender, and would crash."""
+        with self.lock:
+            if self in self.running and not self.client_left:
+                self.client_left = self.sender.is_cancelled()
 
     def take(self, chunk):
         self.tokens += chunk.tokens
         self.log_probs += chunk.log_probs
         self.total += sum(chunk.log_probs)
         if chunk.finished:
-            self.running.discard(self)
+            with self.lock:
+                self.running.discard(self)
             failed = chunk.finish_reason == "error"
-            self.sender.send(_error(chunk.error, pb_utils.TritonError.INTERNAL) if failed else self._response(), flags=FINAL)
+            self.sender.send(
+                _error(chunk.error, pb_utils.TritonError.INTERNAL) if failed else self._response(), flags=FINAL
+            )
         elif self.streaming:
             self.sender.send(self._response())
 

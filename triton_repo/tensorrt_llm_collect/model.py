@@ -49,7 +49,6 @@ class TritonPythonModel:
             [
                 pb_utils.Tensor("output_ids", tokens[None, None]),
                 pb_utils.Tensor("sequence_length", np.array([[tokens.size]], np.int32)),
-                pb_utils.Tensor("cum_log_probs", probabilities.sum(keepdims=True)[None]),
                 pb_utils.Tensor("output_log_probs", probabilities[None, None]),
             ]
         )

@@ -60,7 +60,7 @@ def linear(name: str, x: NDArray[np.float32], weight: Panels | NDArray[np.float3
     by_panel = result.swapaxes(0, 1)
     for start in range(0, len(x), _ROWS):
         np.matmul(x[start : start + _ROWS], weight.panels, out=by_panel[:, start : start + _ROWS])
-    return result.reshape(len(x), -1)[:count, : weight.out]
+    return result.reshape(len(x), len(weight.panels) * WIDTH)[:count, : weight.out]
 
 
 def panels_pay(rows: int = 8, repeats: int = 7) -> bool:

@@ -48,6 +48,8 @@ class Runner:
         step = forward.make_step(self.spec, segments, hidden)
         for block, weights, cache in zip(self.spec.blocks, self.blocks, self.caches, strict=True):
             hidden = forward.run_block(self.spec, block, weights, hidden, step, cache, panels.linear)
+        if not len(wanted):  # only pieces of prompts: the head is the largest matrix
+            return np.empty((0, self.spec.vocab_size), np.float32)
         logits: NDArray[np.float32] = forward.head(
             self.spec, self.ends, hidden[np.asarray(wanted, np.int64)], panels.linear
         )

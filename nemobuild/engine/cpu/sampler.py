@@ -103,7 +103,8 @@ def shortlist(scores: Scores, top_k: int, top_p: float) -> tuple[NDArray[np.int6
     """Tokens to draw from, their cumulated weights, and the point up to which to draw: ``top_p`` of all weight.
 
     Weights are ``exp(score - max)``. Tokens are sorted by falling score, then by id; they are the ``top_k`` best, cut
-    to the smallest set that holds ``top_p`` of the weight of these. Unsorted, and all, when both are off.
+    to the smallest set that holds ``top_p`` of the weight of these. Unsorted, and all, when both are off. Which of
+    several equal scores falls to the cut is left open.
     """
     weights = np.exp(scores.astype(np.float64) - scores.max())
     vocab = len(scores)
@@ -117,6 +118,8 @@ def shortlist(scores: Scores, top_k: int, top_p: float) -> tuple[NDArray[np.int6
         tokens = tokens[np.lexsort((tokens, -scores[tokens]))]
         mass = weights[tokens].cumsum()
         limit = top_p * (float(mass[-1]) if top_k else total)
+        if top_p >= 1:
+            return tokens, mass, limit
         if mass[-1] >= limit or count == vocab:
             last = min(int(np.searchsorted(mass, limit)), count - 1)
             return tokens[: last + 1], mass[: last + 1], limit

@@ -1,0 +1,238 @@
+"""The emitted repository: stands alone, has no path of this machine, is wired without a gap, and appears whole."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+from google.protobuf import text_format
+from tritonclient.grpc import model_config_pb2 as pb
+
+from nemobuild.config import EngineConfig, load_profile, profile_names
+from nemobuild.convert.executor import convert
+from nemobuild.errors import DoesNotFit, IntegrityError, UsageError
+from nemobuild.triton.contract import CPP_PARAMETERS, ENGINE_INPUTS, ENGINE_OUTPUTS, Tensor
+from nemobuild.triton.models import repository_models
+from nemobuild.triton.pbtxt import TritonModel, render, to_message
+from nemobuild.triton.repository import RepositoryPlan, plan_repository, write_repository
+from nemobuild.weights.snapshot import open_snapshot
+from tests import templates
+from tests.tiny import tiny_config, write_model
+
+
+def profile(**changes) -> EngineConfig:
+    data = {
+        "description": "Tiny.",
+        "runtime": "cpu",
+        "model": {"source": "tiny"},
+        "limits": {"max_batch_size": 4, "max_context_tokens": 256, "default_max_tokens": 32},
+        "reasoning": {"policy": "nemotron-super-v1.5"},
+    }
+    return EngineConfig.model_validate(data | changes)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory):
+    return write_model(tmp_path_factory.mktemp("hf") / "tiny", template=templates.SUPER_V15.replace("tool_notes", "''"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(source, tmp_path_factory):
+    return convert(open_snapshot(source), tmp_path_factory.mktemp("trt") / "checkpoint").output
+
+
+def test_every_config_parses_and_says_what_the_record_says():
+    for name in profile_names():
+        for model in repository_models(load_profile(name)):
+            message = text_format.Parse(render(model), pb.ModelConfig())
+            assert message == to_message(model)
+            assert [i.name for i in message.input] == [t.name for t in model.inputs]
+            assert message.max_batch_size > 0
+
+
+@pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
+def test_the_ensemble_is_wired_without_a_gap(runtime):
+    """Every inner tensor has one producer and the type and shape its consumers ask for; nothing is left over."""
+    models = {m.name: m for m in repository_models(profile(runtime=runtime))}
+    ensemble = models["ensemble"]
+    known = {t.name: t for t in ensemble.inputs}
+    used = {t.name for t in ensemble.outputs}.union(*(step.inputs.values() for step in ensemble.steps))
+    for step in ensemble.steps:
+        inner = models[step.model]
+        assert set(step.inputs) == {t.name for t in inner.inputs}
+        assert set(step.outputs) == {t.name for t in inner.outputs}
+        for tensor in inner.inputs:
+            outer = known[step.inputs[tensor.name]]
+            assert (outer.type, outer.dims) == (tensor.type, tensor.dims), tensor.name
+            assert tensor.optional or not outer.optional, tensor.name
+        for tensor in inner.outputs:
+            name = step.outputs[tensor.name]
+            assert name not in known and name in used
+            known[name] = tensor
+        assert not inner.decoupled
+    for tensor in ensemble.outputs:
+        assert (known[tensor.name].type, known[tensor.name].dims) == (tensor.type, tensor.dims)
+
+
+def test_the_engine_has_the_tensors_of_the_contract_on_both_runtimes():
+    cpu, cpp = (repository_models(profile(runtime=r))[-1] for r in ("cpu", "tensorrt"))
+    assert cpu.inputs == cpp.inputs == ENGINE_INPUTS and cpu.outputs == cpp.outputs == ENGINE_OUTPUTS
+    assert cpu.decoupled and cpp.decoupled and cpp.backend == "tensorrtllm"
+    required = {t.name for t in cpp.inputs if not t.optional}
+    assert required == {"input_lengths", "request_output_len"}
+    message = to_message(cpp)
+    for key in ("gpt_model_type", "gpt_model_path", "tokenizer_dir", "guided_decoding_backend"):
+        assert message.parameters[key].string_value == CPP_PARAMETERS[key]
+    assert "xgrammar_tokenizer_info_path" in message.parameters
+    assert message.dynamic_batching.default_queue_policy.max_queue_size == 128
+    assert len({t.name for t in ENGINE_INPUTS}) == len(ENGINE_INPUTS)
+    assert len({t.name for t in ENGINE_OUTPUTS}) == len(ENGINE_OUTPUTS)
+
+
+def test_a_value_that_the_schema_does_not_know_fails():
+    with pytest.raises(ValueError, match="TYPE_FLOAT"):
+        render(TritonModel("m", (Tensor("x", "FLOAT"),), ()))
+
+
+def test_it_stands_alone_wherever_it_is_put(source, checkpoint, tmp_path):
+    made = write_repository(plan_repository(profile(), source, checkpoint), tmp_path / "here")
+    moved = tmp_path / "there" / "renamed"
+    shutil.copytree(made, moved)
+    shutil.rmtree(made)
+    for file in moved.rglob("*"):
+        if file.is_file() and file.suffix != ".safetensors":
+            text = file.read_text(encoding="utf-8")
+            assert str(tmp_path) not in text and str(source.parent) not in text, file
+            if file.suffix == ".py":
+                assert "from nemobuild" not in text and "import nemobuild" not in text, file
+    for file in moved.glob("*/1/lib/*/"):
+        assert (file / "__init__.py").exists() or file.name == "__pycache__"
+    code = (
+        "import sys; sys.path[:0] = [sys.argv[1]]\n"
+        "class Blocked:\n"
+        "    def find_spec(self, name, *rest):\n"
+        "        if name.split('.')[0] == 'nemobuild': raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Blocked())\n"
+        "import importlib, pathlib\n"
+        "for f in pathlib.Path(sys.argv[1], 'lib').rglob('*.py'):\n"
+        "    importlib.import_module('.'.join(f.relative_to(sys.argv[1]).with_suffix('').parts))\n"
+        "heavy = {'torch', 'pydantic', 'tritonclient', 'typer'} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    for model in ("chat", "preprocessing", "postprocessing", "tensorrt_llm_collect", "tensorrt_llm"):
+        folder = moved / model / "1"
+        done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+
+
+def test_the_same_inputs_give_the_same_bytes(source, checkpoint):
+    first, second = (plan_repository(profile(), source, checkpoint).files for _ in range(2))
+    assert first == second
+    other = plan_repository(profile(reasoning={"policy": "nemotron-super-v1.5", "default": "off"}), source, checkpoint)
+    differing = {name for name, content in other.files.items() if first[name] != content}
+    models = ("chat", "preprocessing", "postprocessing")
+    assert differing == {"manifest.json", *(f"{m}/1/assets/runtime.json" for m in models)}
+
+
+def test_the_manifest_names_every_file(source, checkpoint):
+    files = plan_repository(profile(), source, checkpoint).files
+    manifest = json.loads(files["manifest.json"])
+    assert set(manifest["files"]) == set(files) - {"manifest.json"}
+    assert len(manifest["key"]) == 64 and manifest["profile"]["runtime"] == "cpu"
+
+
+def test_end_ids_of_the_generation_config_come_first(source, checkpoint, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "hf")
+    (folder / "generation_config.json").write_text('{"eos_token_id": [261, 260]}')
+    files = plan_repository(profile(), folder, checkpoint).files
+    assert json.loads(files["chat/1/assets/runtime.json"])["end_token_ids"] == [261, 260, 257]
+
+
+def test_named_templates_and_template_files(source, checkpoint, tmp_path):
+    folder = shutil.copytree(source, tmp_path / "hf")
+    text = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": [{"name": "default", "template": text}]})
+    )
+    assert plan_repository(profile(), folder, checkpoint).files["chat/1/assets/chat_template.jinja"] == text.encode()
+    (folder / "chat_template.jinja").write_text(text + "{# file #}")
+    assert (
+        plan_repository(profile(), folder, checkpoint)
+        .files["chat/1/assets/chat_template.jinja"]
+        .endswith(b"{# file #}")
+    )
+
+
+@pytest.mark.parametrize(
+    ("damage", "kind", "words"),
+    [
+        (lambda f: (f / "tokenizer.json").unlink(), IntegrityError, "tokenizer.json"),
+        (lambda f: (f / "tokenizer.json").write_text("{}"), IntegrityError, "tokenizer.json"),
+        (
+            lambda f: (f / "config.json").write_text(json.dumps(tiny_config(vocab_size=264, eos_token_id=1))),
+            IntegrityError,
+            "more tokens",
+        ),
+        (lambda f: (f / "chat_template.jinja").write_text("{% if %}"), IntegrityError, "chat template"),
+        (
+            lambda f: (f / "chat_template.jinja").write_text("{{ raise_exception('no') }}"),
+            IntegrityError,
+            "chat template",
+        ),
+        (lambda f: (f / "chat_template.jinja").write_text(templates.PLAIN), UsageError, "reasoning.policy"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": 5}'), IntegrityError, "chat_template"),
+        (lambda f: (f / "tokenizer_config.json").write_text("{"), IntegrityError, "tokenizer_config.json"),
+    ],
+)
+def test_a_broken_source_is_found_before_anything_is_written(source, checkpoint, tmp_path, damage, kind, words):
+    folder = shutil.copytree(source, tmp_path / "hf")
+    damage(folder)
+    with pytest.raises(kind, match=words):
+        plan_repository(profile(), folder, checkpoint)
+
+
+def test_limits_policies_and_ranks_must_fit(source, checkpoint, tmp_path):
+    limits = {"max_batch_size": 4, "max_context_tokens": 513, "default_max_tokens": 32}
+    with pytest.raises(UsageError, match="max_context_tokens"):
+        plan_repository(profile(limits=limits), source, checkpoint)
+    with pytest.raises(UsageError, match=r"nemotron-v1"):
+        plan_repository(profile(reasoning={"policy": "nemotron-v2"}), source, checkpoint)
+    with pytest.raises(IntegrityError, match="rank1"):
+        plan_repository(profile(checkpoint={"tensor_parallel": 2}), source, checkpoint)
+    with pytest.raises(UsageError, match=r"config\.json"):
+        plan_repository(profile(), source, tmp_path)
+
+
+def test_the_target_is_whole_or_not_there(source, checkpoint, tmp_path):
+    plan = plan_repository(profile(), source, checkpoint)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(UsageError, match="exists already"):
+        write_repository(plan, tmp_path / "taken")
+    broken = RepositoryPlan({**plan.files, "zz": tmp_path / "missing"})
+    with pytest.raises(UsageError):
+        write_repository(broken, tmp_path / "new")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError):
+        write_repository(plan, tmp_path / "file" / "below")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file", "taken"]
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs to mount a small file system")
+def test_a_full_disk_leaves_nothing(source, checkpoint, tmp_path):
+    small = tmp_path / "small"
+    small.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(small)], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not permitted here")
+    try:
+        with pytest.raises(DoesNotFit, match="disk is full"):
+            write_repository(plan_repository(profile(), source, checkpoint), small / "repository")
+        assert list(small.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
