@@ -10,6 +10,7 @@ plain HTTP route is used for all files: it resumes at any byte.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import shutil
@@ -65,7 +66,7 @@ def fetch(
         wanted = select(files, repo_id)
         stage = dest.with_name(f"{dest.name}.partial-{commit[:12]}")
         try:
-            for other in dest.parent.glob(f"{dest.name}.partial-*"):
+            for other in dest.parent.glob(f"{glob.escape(dest.name)}.partial-*"):
                 if other != stage:
                     shutil.rmtree(other)
             stage.mkdir(parents=True, exist_ok=True)
