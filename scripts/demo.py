@@ -38,7 +38,8 @@ def main() -> None:
     begin = time.monotonic()
     for stage in ("checkpoint", "repository"):
         shutil.rmtree(Path("build") / PROFILE / stage, ignore_errors=True)
-    run("fetch", PROFILE)
+    run("fetch", "smollm2-cpu")  # the model as it was published: uniform blocks
+    run("fetch", PROFILE)  # the same, block-wise, with the attention of two blocks removed
     run("inspect", PROFILE)
     run("convert", PROFILE)
     run("verify", PROFILE)
@@ -53,7 +54,6 @@ def main() -> None:
         f"\nDone in {time.monotonic() - begin:.0f} s. Next, keep it running in one terminal and talk to it in another:"
     )
     print(f"  .venv/bin/nemobuild serve {PROFILE}\n  .venv/bin/nemobuild chat")
-    print("The 49B model, whose configuration is known offline:\n  .venv/bin/nemobuild inspect super-49b-v1.5")
 
 
 if __name__ == "__main__":

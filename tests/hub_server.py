@@ -6,6 +6,7 @@ As on the real one, small files come from the Hub itself with their git blob id 
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 import re
@@ -181,6 +182,8 @@ def hub_server() -> Iterator[HubServer]:
 
         def content(self, data: bytes, headers: dict[str, str], fault: Fault | None) -> None:
             kind, start, status = fault.kind if fault else "", 0, 200
+            if "ETag" in headers and "gzip" in self.headers.get("Accept-Encoding", ""):  # small files are text
+                data, headers["Content-Encoding"] = gzip.compress(data), "gzip"
             match = _RANGE.fullmatch(self.headers.get("Range", ""))
             if match and kind != "no-range":
                 start, status = int(match[1]), 206

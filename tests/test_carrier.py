@@ -20,6 +20,7 @@ import pytest
 from nemobuild.errors import ToolchainError
 from nemobuild.triton import carrier
 from nemobuild.triton.carrier import TritonInstall, carried_triton, find_libpython, find_triton
+from nemobuild.wheels import cache_folder
 
 DATA: dict[str, list[object]] = {
     "BOOL": [True, False, False],
@@ -39,7 +40,7 @@ import triton_python_backend_utils as pb
 class TritonPythonModel:
     def execute(self, requests):
         libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libpython" in line}
-        about = {"version": list(sys.version_info[:3]), "numpy": np.__version__, "jinja2": jinja2.__file__,
+        about = {"version": list(sys.version_info[:3]), "numpy": np.__version__, "numpy_file": np.__file__, "jinja2": jinja2.__file__,
                  "stdlib": sysconfig.get_path("stdlib"), "libpython": sorted(libraries)}
         about = pb.Tensor("ABOUT", np.array([json.dumps(about).encode()], dtype=object))
         return [
@@ -122,7 +123,8 @@ def test_a_python_model_runs_on_this_interpreter_and_its_packages(
     version = f"{sys.version_info[0]}.{sys.version_info[1]}"
     assert about["version"] == list(sys.version_info[:3])
     assert f"numpy=={about['numpy']}" == carrier.STUB_NUMPY[version][0]
-    assert about["jinja2"] == jinja2.__file__
+    assert Path(about["numpy_file"]).is_relative_to(cache_folder())  # not the environment's
+    assert about["jinja2"] == jinja2.__file__  # the environment's
     assert Path(about["stdlib"]).resolve() == Path(sysconfig.get_path("stdlib")).resolve()
     assert [Path(p).resolve() for p in about["libpython"]] == [find_libpython()]
 

@@ -80,7 +80,7 @@ def test_a_checkpoint_that_differs_ends_with_7(tmp_path):
         (("convert", "org/model", "-o", "x"), 2, "nemobuild fetch"),
         (("fetch", "org/model"), 2, "-o FOLDER"),
         (("inspect", "super-49b"), 2, "super-49b-v1"),
-        (("repo", "smollm2-cpu"), 2, "smollm2-nas-cpu"),
+        (("repo", "smollm2-gpu"), 2, "smollm2-cpu"),
         (("verify", "hf"), 2, "--against"),
         (("serve", "hf"), 2, "not a model repository"),
         (("serve", "nowhere"), 2, "not a model repository"),

@@ -203,7 +203,7 @@ def test_faults(tmp_path: Path, code: str, names: str, damage: Callable[[Path], 
 
 
 def test_missing_folder_is_a_bad_path(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="config.json"):
+    with pytest.raises(UsageError, match=r"config\.json"):
         open_checkpoint(tmp_path / "absent")
 
 
@@ -216,7 +216,7 @@ def test_ranks_that_disagree(tmp_path: Path, name: str, row: int) -> None:
         tensors[name][row] += 1
 
     edit_tensors(1, change)(folder)
-    with pytest.raises(NemobuildError, match="rank1.*differs from rank0") as caught:
+    with pytest.raises(NemobuildError, match=r"rank1.*differs from rank0") as caught:
         open_checkpoint(folder).block(0)
     assert caught.value.code == "ranks-disagree"
 

@@ -177,6 +177,19 @@ def test_a_cut_connection_is_resumed_at_the_byte(
     dest = get(hub, tmp_path / "model")
     assert all((dest / n).read_bytes() == model[n] for n in (name, SHARD))
     assert "bytes=100-" in [headers.get("Range") for _, _, headers in hub.requests]
+    assert "gzip" not in str([headers.get("Accept-Encoding") for _, path, headers in hub.requests if name in path])
+
+
+def test_bytes_are_counted_once_when_a_file_takes_several_attempts(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 50)
+    # 100 bytes arrive, then nothing for as long as the library tries by itself (5 times).
+    hub.faults += [Fault("config.json", "cut", times=1, after=100), Fault("config.json", "cut", times=6, after=0)]
+    seen: list[tuple[int, int]] = []
+    get(hub, tmp_path / "model", progress=lambda done, total: seen.append((done, total)))
+    assert hub.downloads().count("config.json") == 8
+    assert seen[-1][0] == seen[-1][1]
 
 
 def test_a_server_that_ignores_ranges_starts_the_file_again(
@@ -218,9 +231,13 @@ def test_a_part_that_was_damaged_meanwhile_is_fetched_anew(
     (stage / SHARD).write_bytes(b"y" * 500)
     (stage / "LICENSE").write_bytes(b"z" * 5000)
     (stage / "stray.txt").write_bytes(b"stray")
+    (stage / "README.md").unlink()
+    (stage / "README.md").symlink_to(tmp_path / "elsewhere")
     dest = get(hub, tmp_path / "model")
     assert all((dest / n).read_bytes() == model[n] for n in ("config.json", SHARD, "LICENSE"))
     assert not (dest / "stray.txt").exists()
+    assert not (dest / "README.md").is_symlink()
+    assert not (tmp_path / "elsewhere").exists()
 
 
 def test_a_partial_download_of_an_older_commit_is_removed(

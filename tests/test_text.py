@@ -63,11 +63,11 @@ def test_tokenizers_that_are_not_byte_level():
 
 @settings(max_examples=500)
 @given(st.data(), st.text("ab<|>", max_size=40), st.lists(st.text("ab<|>", min_size=1, max_size=5), max_size=3))
-def test_stops_end_the_text_at_their_first_character(data, text, stops):
+def test_the_stop_that_is_complete_first_ends_the_text(data, text, stops):
     matcher = StopMatcher(stops)
     joined = "".join(matcher.push(piece) for piece in cut(data, text)) + matcher.finish()
-    found = [text.find(stop) for stop in stops if stop in text]
-    assert joined == (text[: min(found)] if found else text)
+    found = [(text.find(stop) + len(stop), text.find(stop)) for stop in stops if stop in text]
+    assert joined == (text[: min(found)[1]] if found else text)
     assert (matcher.hit is not None) == bool(found)
 
 

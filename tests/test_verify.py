@@ -142,24 +142,72 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "k-and-v-swapped": (swap_k_and_v, "bytes", "attention.qkv"),
     "ranks-swapped": (swap_ranks, "bytes", "rank0"),
     "one-bit": (flip_one_bit, "bytes", "1 of"),
-    "missing-tensor": (lambda f: change(f, 1, lambda t: t.pop("transformer.layers.1.ffn.fc.weight")), "missing", "rank1: transformer.layers.1.ffn.fc.weight"),
-    "norm-of-a-no-op": (lambda f: change(f, 0, lambda t: t.update({NORM: np.ones(128, ml_dtypes.bfloat16)})), "unexpected", NORM),
+    "missing-tensor": (
+        lambda f: change(f, 1, lambda t: t.pop("transformer.layers.1.ffn.fc.weight")),
+        "missing",
+        "rank1: transformer.layers.1.ffn.fc.weight",
+    ),
+    "norm-of-a-no-op": (
+        lambda f: change(f, 0, lambda t: t.update({NORM: np.ones(128, ml_dtypes.bfloat16)})),
+        "unexpected",
+        NORM,
+    ),
     "rope-scale": (lambda f: change_config(f, lambda c: c["rotary_scaling"].update(factor=8.0)), "config", "rope"),
     "rope-base-left-out": (lambda f: change_config(f, lambda c: c.update(rotary_base=20000.0)), "config", "rope"),
     "norm-epsilon": (lambda f: change_config(f, lambda c: c.update(norm_epsilon=1e-6)), "config", "norm_epsilon"),
     "activation": (lambda f: change_config(f, lambda c: c.pop("hidden_act")), "config", "hidden_act"),
-    "kv-heads": (lambda f: change_config(f, lambda c: c["layer_configs"][1]["attention"].update(num_key_value_heads=4)), "config", "blocks[1]"),
+    "kv-heads": (
+        lambda f: change_config(f, lambda c: c["layer_configs"][1]["attention"].update(num_key_value_heads=4)),
+        "config",
+        "blocks[1]",
+    ),
     "config-gone": (lambda f: (f / "config.json").unlink(), "config", "config.json"),
     "dtype-in-config": (lambda f: change_config(f, lambda c: c.update(dtype="float16")), "config", "float16"),
-    "mapping": (lambda f: change_config(f, lambda c: c.update(mapping={"world_size": 2, "tp_size": 2, "pp_size": 1})), "file", "rank2"),
-    "wrong-dtype": (lambda f: change(f, 0, lambda t: t.update({"transformer.layers.0.post_layernorm.weight": t["transformer.layers.0.post_layernorm.weight"].astype(np.float16)})), "dtype", "F16"),
-    "wrong-shape": (lambda f: change(f, 2, lambda t: t.update({"transformer.layers.0.attention.qkv.weight": t["transformer.layers.0.attention.qkv.weight"][:-1].copy()})), "shape", "attention.qkv"),
+    "mapping": (
+        lambda f: change_config(f, lambda c: c.update(mapping={"world_size": 2, "tp_size": 2, "pp_size": 1})),
+        "file",
+        "rank2",
+    ),
+    "wrong-dtype": (
+        lambda f: change(
+            f,
+            0,
+            lambda t: t.update(
+                {
+                    "transformer.layers.0.post_layernorm.weight": t[
+                        "transformer.layers.0.post_layernorm.weight"
+                    ].astype(np.float16)
+                }
+            ),
+        ),
+        "dtype",
+        "F16",
+    ),
+    "wrong-shape": (
+        lambda f: change(
+            f,
+            2,
+            lambda t: t.update(
+                {
+                    "transformer.layers.0.attention.qkv.weight": t["transformer.layers.0.attention.qkv.weight"][
+                        :-1
+                    ].copy()
+                }
+            ),
+        ),
+        "shape",
+        "attention.qkv",
+    ),
     "truncated-file": (lambda f: os.truncate(f / "rank2.safetensors", 5000), "file", "rank2.safetensors"),
     "file-gone": (lambda f: (f / "rank2.safetensors").unlink(), "file", "rank2.safetensors"),
-    "file-too-many": (lambda f: shutil.copy(f / "rank0.safetensors", f / "rank4.safetensors"), "file", "rank4.safetensors"),
+    "file-too-many": (
+        lambda f: shutil.copy(f / "rank0.safetensors", f / "rank4.safetensors"),
+        "file",
+        "rank4.safetensors",
+    ),
     "dirty-padding": (lambda f: change(f, 3, dirty_padding), "bytes", "beyond the vocabulary"),
     "nan": (lambda f: change(f, 0, poison), "bytes", "vocab_embedding"),
-}  # fmt: skip
+}
 
 
 def worst(report: VerifyReport) -> tuple[str, str]:

@@ -22,6 +22,7 @@ def verify(
     from nemobuild.convert.verify import verify as compare
     from nemobuild.errors import UsageError, VerificationFailed
     from nemobuild.places import is_profile, place, source_folder
+    from nemobuild.units import format_bytes, format_seconds
     from nemobuild.weights.snapshot import open_snapshot
 
     folder = place(checkpoint, "checkpoint") if is_profile(checkpoint) else Path(checkpoint)
@@ -38,7 +39,7 @@ def verify(
     error = "not compared" if report.max_logit_error is None else f"{report.max_logit_error:.2e}"
     rows = [
         ("tensors", str(report.tensors)),
-        ("compared", output.speed(report.compared_bytes, report.elapsed_s)),
+        ("compared", f"{format_bytes(report.compared_bytes)}, all in {format_seconds(report.elapsed_s)}"),
         ("logits", f"largest difference {error} over {report.prompt_tokens} tokens"),
         ("verdict", "equal to its source" if report.passed else f"{len(report.findings)} finding(s)"),
     ]

@@ -1,6 +1,7 @@
-"""Stop strings on text, across any cut of the stream: never emitted, found at their first character.
+"""Stop strings on text, across any cut of the stream: never emitted.
 
-Text is held back only while it could still be the beginning of a stop string, so the delay is at most the longest
+The stop string that is complete first counts, whatever chunks the text comes in; of two that end together, the one
+that began first. Text is held back only while it could still be the beginning of a stop string, so the delay is at most the longest
 stop string less one character.
 """
 
@@ -10,7 +11,7 @@ from collections.abc import Sequence
 
 
 class StopMatcher:
-    """Pass text through until the earliest stop string. ``hit`` is that string, or ``None``."""
+    """Pass text through until the first stop string. ``hit`` is that string, or ``None``."""
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
@@ -23,9 +24,9 @@ class StopMatcher:
         if not self._stops or self.hit is not None:
             return "" if self.hit is not None else text
         text = self._held + text
-        found = [(at, -len(stop), stop) for stop in self._stops if (at := text.find(stop)) >= 0]
+        found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            at, _, self.hit = min(found)
+            _, at, self.hit = min(found)
             self._held = ""
             return text[:at]
         keep = _held_length(text, self._stops, self._longest)

@@ -1,1 +1,1 @@
-"""Tests against other implementations, which are heavy: they run in an environment of their own (``make test-peers``)."""
+"""Tests against other implementations, too heavy for the base environment (``make test-peers``)."""
