@@ -1,6 +1,6 @@
 """Tokens per second of the CPU runtime at 1, 2, 4 and 8 streams, on random weights of SmolLM2-135M's shapes.
 
-    python benchmarks/cpu_runtime.py [--layout auto|plain|panels] [--repeats N] [--new-tokens N]
+    python benchmarks/cpu_runtime.py [--precision bf16|fp8] [--layout auto|plain|panels] [--repeats N] [--new-tokens N]
 
 All stream counts are measured in one run, in turns, so that what else the machine does meets all of them. Rates count
 the tokens of all streams together: *decode* from the moment when every stream has its first token until the first one
@@ -25,6 +25,7 @@ from pathlib import Path
 import numpy as np
 
 from nemobuild.engine.cpu import Chunk, Engine, Generation
+from nemobuild.model.e4m3 import encode
 from nemobuild.weights.safetensors import ShardWriter
 
 RESULTS = Path(__file__).parent / "results"
@@ -33,8 +34,8 @@ LAYERS, HIDDEN, HEADS, KV_HEADS, HEAD, WIDTH, VOCAB = 30, 576, 9, 3, 64, 1536, 4
 TARGET = 3.0
 
 
-def write_checkpoint(folder: Path) -> None:
-    """A BF16 LlamaForCausalLM checkpoint with tied embeddings and random weights."""
+def write_checkpoint(folder: Path, *, fp8: bool = False) -> None:
+    """A LlamaForCausalLM checkpoint, BF16 or all FP8, with tied embeddings and random weights."""
     config = {
         "architecture": "LlamaForCausalLM",
         "dtype": "bfloat16",
@@ -52,6 +53,8 @@ def write_checkpoint(folder: Path) -> None:
         "max_position_embeddings": 8192,
         "mapping": {"world_size": 1, "tp_size": 1, "pp_size": 1},
     }
+    if fp8:
+        config["quantization"] = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8"}
     (folder / "config.json").write_text(json.dumps(config))
     shapes: dict[str, tuple[int, ...]] = {
         "transformer.vocab_embedding.weight": (VOCAB, HIDDEN),
@@ -68,11 +71,21 @@ def write_checkpoint(folder: Path) -> None:
             f"transformer.layers.{i}.mlp.proj.weight": (HIDDEN, WIDTH),
         }
     rng = np.random.default_rng(0)
-    writer = ShardWriter(folder / "rank0.safetensors", [(name, "BF16", shape) for name, shape in shapes.items()])
+    cast = {name for name, shape in shapes.items() if fp8 and len(shape) == 2 and "layers" in name}
+    tensors = [(name, "F8_E4M3" if name in cast else "BF16", shape) for name, shape in shapes.items()]
+    scales = {name.replace("weight", "weights_scaling_factor"): 1 / 1024 for name in cast}
+    scales |= {name.replace("weight", "activation_scaling_factor"): 1 / 64 for name in cast}
+    scales |= {n.replace("qkv.weight", "kv_cache_scaling_factor"): 1.0 for n in cast if "qkv" in n}
+    writer = ShardWriter(folder / "rank0.safetensors", tensors + [(name, "F32", (1,)) for name in scales])
     for name, shape in shapes.items():
         values = rng.standard_normal(shape, dtype=np.float32)
         values = values / np.sqrt(np.float32(shape[-1])) if len(shape) == 2 else 1 + 0.1 * values
-        writer.write(name, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # cut to BF16
+        if name in cast:
+            writer.write(name, encode(values, 1 / 1024).tobytes())
+        else:
+            writer.write(name, (values.view(np.uint32) >> 16).astype(np.uint16).tobytes())  # cut to BF16
+    for name, scale in scales.items():
+        writer.write(name, np.float32([scale]).tobytes())
     writer.close()
 
 
@@ -102,13 +115,14 @@ def measure(engine: Engine, streams: int, prompt_tokens: int, new_tokens: int) -
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--precision", choices=("bf16", "fp8"), default="bf16")
     parser.add_argument("--layout", choices=("auto", "plain", "panels"), default="auto")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--prompt-tokens", type=int, default=32)
     parser.add_argument("--new-tokens", type=int, default=64)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder))
+        write_checkpoint(Path(folder), fp8=options.precision == "fp8")
         start = time.perf_counter()
         engine = Engine(
             folder,
@@ -131,7 +145,8 @@ def main() -> None:
         "command": shlex.join(["python", "benchmarks/cpu_runtime.py", *sys.argv[1:]]),
         "machine": f"{_processor()}, {os.cpu_count()} cores",
         "python": f"Python {platform.python_version()}, NumPy {np.__version__}",
-        "model": f"random, {LAYERS} blocks, hidden {HIDDEN}, FFN {WIDTH}, vocabulary {VOCAB}, float32 in memory",
+        "model": f"random {options.precision.upper()}, {LAYERS} blocks, hidden {HIDDEN}, FFN {WIDTH}, "
+        f"vocabulary {VOCAB}, float32 in memory",
         "layout": layout,
         "load_s": round(load_s, 2),
         "prompt_tokens": options.prompt_tokens,
@@ -150,8 +165,9 @@ def main() -> None:
     }
     text = markdown(report)
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "cpu_runtime.json").write_text(json.dumps(report, indent=2) + "\n")
-    (RESULTS / "cpu_runtime.md").write_text(text)
+    name = "cpu_runtime" if options.precision == "bf16" else f"cpu_runtime_{options.precision}"
+    (RESULTS / f"{name}.json").write_text(json.dumps(report, indent=2) + "\n")
+    (RESULTS / f"{name}.md").write_text(text)
     print(text)
 
 

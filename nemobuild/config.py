@@ -29,10 +29,56 @@ class ModelConfig(_Strict):
     known: str | None = Field(default=None, description="Name in engine_configs/models, for planning without weights.")
 
 
+class CalibrationConfig(_Strict):
+    texts: str | None = Field(
+        default=None,
+        description="JSON lines to calibrate FP8 with; default: texts that ship with nemobuild; none: weights only.",
+    )
+    samples: Annotated[int, Field(ge=1, le=65536)] | None = Field(default=None, description="Texts used; default: all.")
+    tokens_per_sample: Tokens = Field(default=512, description="Tokens to which every text is cut.")
+
+
 class CheckpointConfig(_Strict):
-    precision: Literal["bf16"] = Field(default="bf16", description="Precision of the decoder's linear weights.")
+    precision: Literal["bf16", "fp8"] = Field(
+        default="bf16", description="Precision of the decoder's linear weights; fp8 is E4M3 with one scale per tensor."
+    )
+    kv_cache: Literal["bf16", "fp8"] = Field(default="bf16", description="Precision of keys and values; fp8 needs fp8.")
+    format: Literal["trtllm", "hf"] = Field(
+        default="trtllm", description="TensorRT-LLM checkpoint, or a Hugging Face folder in ModelOpt's FP8 form."
+    )
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks that share each block.")
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks in a row.")
+    calibration: CalibrationConfig = Field(default=CalibrationConfig())
+
+    @model_validator(mode="after")
+    def _consistent(self) -> CheckpointConfig:
+        if self.precision == "bf16" and (self.kv_cache, self.format) != ("bf16", "trtllm"):
+            raise ValueError("kv_cache fp8 and format hf need precision fp8")
+        return self
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class QualityConfig(_Strict):
+    """Bounds of `nemobuild verify` on held-out text; the fields of ``convert.quality.QualityThresholds``."""
+
+    max_weight_error: Share = Field(
+        default=0.04, description="Root mean square of a tensor's error over that of its weights."
+    )
+    max_saturated_share: Share = Field(default=1e-3, description="Share of activations beyond what their scale holds.")
+    max_divergence: Annotated[float, Field(ge=0)] = Field(
+        default=0.05, description="Mean KL divergence of the next token from that of the source, in nats."
+    )
+    max_language_divergence: Annotated[float, Field(ge=0)] = Field(
+        default=0.1, description="The same over the texts of any one language."
+    )
+    max_perplexity_increase: Annotated[float, Field(ge=0)] = Field(
+        default=0.03, description="Perplexity over that of the source, less one."
+    )
+    min_greedy_agreement: Share = Field(
+        default=0.9, description="Share of positions where both find the same token the likeliest."
+    )
 
 
 class LimitsConfig(_Strict):
@@ -83,6 +129,7 @@ class EngineConfig(_Strict):
     runtime: Literal["cpu", "tensorrt"] = Field(description="What runs the tensorrt_llm model inside Triton.")
     model: ModelConfig
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig())
+    quality: QualityConfig = Field(default=QualityConfig())
     limits: LimitsConfig
     reasoning: ReasoningConfig
 

@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-PROFILE = "smollm2-nas-cpu"
+PROFILE = "smollm2-nas-cpu-fp8"
 QUESTION = "What is the capital of France?"
 
 

@@ -1,14 +1,18 @@
-"""TensorRT-LLM checkpoints written from the format's description alone, to test their reader without the converter."""
+"""TensorRT-LLM checkpoints, BF16 and FP8, written from the format alone, to test their reader without the converter."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import safetensors
 from safetensors.numpy import save_file
 
+from nemobuild.model import forward as fw
 from nemobuild.model.hf_config import spec_from_config
 from nemobuild.model.spec import Attention, Linear, Mlp, ModelSpec, NoOp
 
@@ -116,3 +120,117 @@ def write_checkpoint(
     for rank, tensors in enumerate(rank_tensors(spec_from_config(config), weights, tp, pp, ffn=ffn)):
         save_file(tensors, folder / f"rank{rank}.safetensors")
     return folder
+
+
+FP8 = ml_dtypes.float8_e4m3fn
+# Part of a tensor's name in the checkpoint -> group of linears that share their scales.
+_GROUPS = {
+    "attention.qkv": "qkv",
+    "attention.dense": "o",
+    "attention": "attention_linear",
+    "{ffn}.fc": "gate_up",
+    "{ffn}.gate": "gate_up",
+    "{ffn}.proj": "down",
+    "{ffn}": "ffn_linear",
+}
+
+
+@dataclass(frozen=True)
+class Fp8Scales:
+    """Scales of block i: ``weight[i, group]``, ``input[i, group]``, and ``kv[i]`` of keys and values together."""
+
+    weight: dict[tuple[int, str], np.float32]
+    input: dict[tuple[int, str], np.float32]
+    kv: dict[int, np.float32]
+
+
+def fp8_scales(config: dict[str, Any], weights: dict[str, np.ndarray], prompts: list[list[int]]) -> Fp8Scales:
+    """amax / 448 of the weights, of the inputs of all linears and of keys and values, over one pass of ``prompts``."""
+    spec = spec_from_config(config)
+    scales = Fp8Scales({}, {}, {})
+
+    def read(name: str) -> np.ndarray:
+        return weights[name].astype(np.float32)
+
+    tokens = [t for prompt in prompts for t in prompt]
+    starts = np.cumsum([0, *map(len, prompts)])
+    hidden = fw.embed(fw.hf_ends(spec, read), np.asarray(tokens))
+    segments = [fw.Segment(int(s), 0, len(p)) for s, p in zip(starts, prompts, strict=False)]
+    step = fw.make_step(spec, segments, hidden)
+    for i, block in enumerate(spec.blocks):
+
+        def observe(name: str, x: np.ndarray, weight: np.ndarray, i: int = i) -> np.ndarray:
+            scales.input[i, name] = np.float32(np.abs(x).max()) / np.float32(448)
+            scales.weight[i, name] = np.float32(np.abs(weight).max()) / np.float32(448)
+            return x @ weight.T
+
+        cache = fw.new_cache(spec, block, len(tokens), hidden)
+        hidden = fw.run_block(spec, block, fw.hf_block(spec, i, read), hidden, step, cache, observe)
+        if cache is not None:
+            scales.kv[i] = np.float32(max(np.abs(cache.keys).max(), np.abs(cache.values).max())) / np.float32(448)
+    return scales
+
+
+def cast(values: np.ndarray, scale: np.float32) -> np.ndarray:
+    """E4M3 of ``values`` / ``scale`` by the reference library, saturating."""
+    return np.clip(values.astype(np.float32) / scale, -448, 448).astype(FP8)
+
+
+def fp8_rank_tensors(
+    spec: ModelSpec, weights: dict[str, np.ndarray], scales: Fp8Scales, tp: int, pp: int, *, kv: bool = True
+) -> list[dict[str, np.ndarray]]:
+    """Tensors of every rank file of an FP8 checkpoint."""
+    ffn = "mlp" if spec.model_type == "llama" else "ffn"
+    stages = np.array_split(np.arange(len(spec.blocks)), pp)
+    ranks = []
+    for rank, tensors in enumerate(rank_tensors(spec, weights, tp, pp)):
+        out: dict[str, np.ndarray] = {}
+        for name, value in tensors.items():
+            if value.ndim == 1 or not name.startswith("transformer.layers."):
+                out[name] = value
+                continue
+            _, _, local, part = name.removesuffix(".weight").split(".", 3)
+            layer = int(stages[rank // tp][int(local)])
+            group = _GROUPS[part.replace(ffn, "{ffn}")]
+            out[name] = cast(value, scales.weight[layer, group])
+            module = name.removesuffix("weight")
+            out[module + "weights_scaling_factor"] = scales.weight[layer, group].reshape(1)
+            out[module + "activation_scaling_factor"] = scales.input[layer, group].reshape(1)
+            if kv and group == "qkv":
+                out[module.replace("qkv.", "kv_cache_scaling_factor")] = scales.kv[layer].reshape(1)
+        ranks.append(out)
+    return ranks
+
+
+def write_fp8_checkpoint(
+    folder: Path,
+    config: dict[str, Any],
+    weights: dict[str, np.ndarray],
+    scales: Fp8Scales,
+    tp: int = 1,
+    pp: int = 1,
+    *,
+    kv: bool = True,
+    **changes: Any,
+) -> Path:
+    """Write the FP8 checkpoint of a Hugging Face ``config``; ``changes`` replace keys of its config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    quantization = {
+        "quant_algo": "FP8",
+        "kv_cache_quant_algo": "FP8" if kv else None,
+        "exclude_modules": ["lm_head"],
+    }
+    changes = {"quantization": quantization} | changes
+    (folder / "config.json").write_text(json.dumps(checkpoint_config(config, tp, pp) | changes))
+    for rank, tensors in enumerate(fp8_rank_tensors(spec_from_config(config), weights, scales, tp, pp, kv=kv)):
+        save_file(tensors, folder / f"rank{rank}.safetensors")
+    return folder
+
+
+_NUMPY = {"BF16": ml_dtypes.bfloat16, "F8_E4M3": FP8, "F16": "<f2", "F32": "<f4", "F64": "<f8", "I8": "i1"}
+
+
+def load_tensors(file: Path) -> dict[str, np.ndarray]:
+    """Tensors of a file, FP8 too, which the reference library's own NumPy reader lacks."""
+    tensors = safetensors.deserialize(file.read_bytes())
+    return {n: np.frombuffer(t["data"], _NUMPY[t["dtype"]]).reshape(t["shape"]).copy() for n, t in tensors}

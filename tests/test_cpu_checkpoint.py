@@ -17,7 +17,7 @@ from nemobuild.errors import IntegrityError, NemobuildError, UsageError
 from nemobuild.model import forward as fw
 from nemobuild.model.forward import BlockWeights
 from nemobuild.model.hf_config import spec_from_config
-from tests.checkpoints import checkpoint_config, write_checkpoint
+from tests.checkpoints import checkpoint_config, load_tensors, write_checkpoint
 from tests.tiny import llama_config, random_weights, tiny_config
 
 NAS, LLAMA = tiny_config(), llama_config()
@@ -141,7 +141,7 @@ def edit_config(**changes: Any) -> Callable[[Path], None]:
 
 def edit_tensors(rank: int, change: Callable[[dict[str, np.ndarray]], Any]) -> Callable[[Path], None]:
     def edit(folder: Path) -> None:
-        tensors = load_file(folder / f"rank{rank}.safetensors")
+        tensors = load_tensors(folder / f"rank{rank}.safetensors")
         change(tensors)
         save_file(tensors, folder / f"rank{rank}.safetensors")
 
@@ -177,7 +177,8 @@ FAULTS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("unknown-config-key", "mapping.tp", edit_config(mapping={"tp": 2})),
     ("unknown-config-key", "ffn.moe", edit_config(layer_configs__0__ffn__moe=1)),
     ("bad-checkpoint-config", "hidden_act", edit_config(hidden_act="gelu")),
-    ("bad-checkpoint-config", "quant_algo.*FP8", edit_config(quantization__quant_algo="FP8")),
+    ("bad-checkpoint-config", "quant_algo.*W8A16", edit_config(quantization__quant_algo="W8A16")),
+    ("missing-tensor", "qkv.weights_scaling_factor", edit_config(quantization__quant_algo="FP8")),
     ("bad-checkpoint-config", "kv_cache_quant_algo", edit_config(quantization__kv_cache_quant_algo="INT8")),
     ("bad-checkpoint-config", "world_size", edit_config(mapping__world_size=3)),
     ("bad-checkpoint-config", "tp_size", edit_config(mapping={"world_size": 3, "tp_size": 3, "pp_size": 1})),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from nemobuild.convert import executor, workers
+from nemobuild.convert import executor, planning, workers
 from nemobuild.convert.executor import Report, convert
 from nemobuild.convert.journal import Journal
 from nemobuild.convert.workers import Progress
@@ -195,7 +195,7 @@ def test_resume_of_something_else_is_refused(
     error = refusal(other, tmp_path / "out", resume=True)
     assert error.code == "resume-mismatch"
     assert "source files" in error.what
-    monkeypatch.setattr(executor, "_version", lambda: "99")
+    monkeypatch.setattr(planning, "_version", lambda: "99")
     assert "version" in refusal(snapshot, tmp_path / "out", resume=True).what
     assert read_folder(tmp_path / ".out.partial") == before
 

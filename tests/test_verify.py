@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file, save_file
 
 from nemobuild.convert import verify as module
+from nemobuild.convert import verify_tensors
 from nemobuild.convert.executor import convert
 from nemobuild.convert.verify import KINDS, VerifyReport, default_prompts, verify
 from nemobuild.convert.workers import Progress
@@ -58,7 +59,7 @@ def test_what_was_converted_passes(name: str, tp: int, pp: int, tmp_path: Path) 
 
 
 def test_small_row_blocks_see_the_same(made: tuple[Snapshot, Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ROW_BLOCK_BYTES", 700)
+    monkeypatch.setattr(verify_tensors, "ROW_BLOCK_BYTES", 700)
     assert verify(made[1], made[0], []).passed
 
 

@@ -53,17 +53,20 @@ def error(failure: NemobuildError, *, as_json: bool) -> None:
 
 
 @contextmanager
-def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar with GiB/s and time left; call it with (done, total) bytes. Nothing is shown when ``quiet``."""
+def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
+    """A bar with GiB/s and time left; call it with (done, total) bytes and, if it says more, what is at work.
+
+    Nothing is shown when ``quiet``.
+    """
     if quiet:
-        yield lambda done, total: None
+        yield lambda done, total, now="": None
         return
     from rich.console import Console
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     console = Console(stderr=True)
     bar: RichProgress = Progress(
-        TextColumn(title),
+        TextColumn("{task.description}"),
         BarColumn(),
         DownloadColumn(binary_units=True),
         TransferSpeedColumn(),
@@ -73,7 +76,11 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[[int, int], N
     )
     with bar:
         task = bar.add_task(title, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int, now: str = "") -> None:
+            bar.update(task, completed=done, total=total, description=f"{title} {now}".rstrip())
+
+        yield show
 
 
 def speed(count_bytes: int, seconds: float) -> str:

@@ -14,8 +14,13 @@ from numpy.typing import NDArray
 from nemobuild.errors import IntegrityError
 from nemobuild.weights.safetensors import ITEM_BYTES, TensorInfo
 
-# Signed and unsigned type of the bits, and the bits of +Inf: larger patterns are NaN.
-_INFINITY = {"BF16": ("<i2", "<u2", 0x7F80), "F16": ("<i2", "<u2", 0x7C00), "F32": ("<i4", "<u4", 0x7F800000)}
+# Signed and unsigned type of the bits, and the bits of +Inf: larger patterns are NaN. E4M3 has no Inf and one NaN.
+_INFINITY = {
+    "BF16": ("<i2", "<u2", 0x7F80),
+    "F16": ("<i2", "<u2", 0x7C00),
+    "F32": ("<i4", "<u4", 0x7F800000),
+    "F8_E4M3": ("i1", "u1", 0x7F),
+}
 # Bytes that one worker holds for each byte of a chunk, at worst (F16: source, float32, rounded, BF16, gathered).
 BUFFERS_PER_CHUNK = 7
 
@@ -42,7 +47,7 @@ def bf16_bits(raw: Array, source: TensorInfo, first_element: int, buffers: Buffe
     ``first_element`` is the place of the chunk in ``source``, for messages. Raises ``IntegrityError`` for NaN, Inf
     and for float32 values that round to Inf in BF16.
     """
-    _refuse_specials(raw, source.dtype, source, first_element, "NaN or Inf")
+    finite_bits(raw, source.dtype, source, first_element)
     if source.dtype == "BF16":
         return raw.view("<u2")
     size = raw.nbytes // ITEM_BYTES[source.dtype]
@@ -61,17 +66,28 @@ def bf16_bits(raw: Array, source: TensorInfo, first_element: int, buffers: Buffe
     rounded >>= 16
     narrow = buffers.get("bf16", "<u2", size)
     np.copyto(narrow, rounded, casting="unsafe")
-    _refuse_specials(narrow, "BF16", source, first_element, "a value too large for BF16")
+    finite_bits(narrow, "BF16", source, first_element, "a value too large for BF16")
     return narrow
 
 
-def _refuse_specials(data: Array, dtype: str, source: TensorInfo, first_element: int, kind: str) -> None:
-    signed, unsigned, infinity = _INFINITY[dtype]
+def largest_bits(data: Array, dtype: str) -> int:
+    """The largest bit pattern of ``data`` without the sign, found by two maxima and without a temporary array.
+
+    The order of such patterns is the order of magnitudes, NaN above Inf above all others.
+    """
+    signed, unsigned, _ = _INFINITY[dtype]
     sign = 1 << (8 * ITEM_BYTES[dtype] - 1)
-    bits = data.view(unsigned)
-    if data.view(signed).max() < infinity and bits.max() < sign + infinity:
-        return
-    element = first_element + int(np.flatnonzero((bits & (sign - 1)) >= infinity)[0])
+    return max(int(data.view(signed).max()), int(data.view(unsigned).max()) - sign)
+
+
+def finite_bits(data: Array, dtype: str, source: TensorInfo, first_element: int, kind: str = "NaN or Inf") -> int:
+    """``largest_bits``; raises ``IntegrityError`` when these are of ``kind``, naming the element of ``source``."""
+    _, unsigned, infinity = _INFINITY[dtype]
+    largest = largest_bits(data, dtype)
+    if largest < infinity:
+        return largest
+    sign = 1 << (8 * ITEM_BYTES[dtype] - 1)
+    element = first_element + int(np.flatnonzero((data.view(unsigned) & (sign - 1)) >= infinity)[0])
     index = ", ".join(str(i) for i in np.unravel_index(element, source.shape))
     raise IntegrityError(
         "not-finite",

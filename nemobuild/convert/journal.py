@@ -1,8 +1,9 @@
 """The working folder of a conversion: hidden, locked, and able to go on after a kill.
 
 ``.NAME.partial`` stands beside the folder NAME to be. Its journal has one line that says what is being made, and
-then the numbers of the jobs whose bytes are on the disk. The journal is also the lock: ``flock`` ends with the
-process, so a dead converter never blocks a living one.
+then the numbers of the jobs whose bytes are on the disk (with a ``z`` where all of them were zeros), and before the
+first job of an FP8 block the block's scales, so that the rest of it is cast by the same ones. The journal is also the
+lock: ``flock`` ends with the process, so a dead converter never blocks a living one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,17 @@ import shutil
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from nemobuild.convert.scales import BlockScales, block_from_json, block_to_json
 from nemobuild.errors import NemobuildError, UsageError, from_os_error
 
 NAME = "journal"
 
 
 class Journal:
-    """Open (or continue) the partial folder of ``output`` and lock it. ``done`` holds the jobs finished before.
+    """Open (or continue) the partial folder of ``output`` and lock it.
+
+    ``done`` holds the jobs finished before, ``zeros`` those of them that met nothing but zeros, ``scales`` the scales
+    of the blocks that were begun.
 
     Raises ``UsageError`` when the output exists, when another conversion is at work, when a partial folder is left
     and ``resume`` was not asked for, or when it belongs to other inputs than ``identity``.
@@ -30,6 +35,9 @@ class Journal:
         self.output = output
         self.folder = partial_folder(output)
         self._fd = -1
+        self.done: set[int] = set()
+        self.zeros: set[int] = set()
+        self.scales: dict[int, BlockScales] = {}
         refuse_existing(output)
         left_over = True
         try:
@@ -45,7 +53,7 @@ class Journal:
                     why="It may hold hours of work, so it is not replaced unasked.",
                     next=f"Add --resume to finish it, or delete {self.folder} to start again.",
                 )
-            self.done = self._continue(identity)
+            self._continue(identity)
         except OSError as error:
             self._abandon(made=not left_over)
             raise from_os_error(error, self.folder, "creating") from error
@@ -53,17 +61,26 @@ class Journal:
             self._abandon(made=not left_over)
             raise
 
-    def add(self, jobs: Iterable[int]) -> None:
-        """Note ``jobs`` as done. Their bytes must be on the disk."""
+    def add_scales(self, block: int, scales: BlockScales) -> None:
+        """Note the scales of a block, before any of its jobs. Any thread may call this; ``add`` makes it durable."""
+        line = json.dumps({"block": block} | block_to_json(scales))
         try:
-            os.write(self._fd, "".join(f"{job}\n" for job in jobs).encode())
+            os.write(self._fd, line.encode() + b"\n")
+        except OSError as error:
+            raise from_os_error(error, self.folder, "writing") from error
+
+    def add(self, jobs: Iterable[int], zeros: Iterable[int] = ()) -> None:
+        """Note ``jobs`` as done, ``zeros`` of them as all zeros. Their bytes must be on the disk."""
+        zeros = set(zeros)
+        try:
+            os.write(self._fd, "".join(f"{job}{'z' * (job in zeros)}\n" for job in jobs).encode())
             os.fdatasync(self._fd)
         except OSError as error:
             raise from_os_error(error, self.folder, "writing") from error
 
     def forget(self) -> None:
         """Take back all jobs: their bytes are not there any more."""
-        self.done = set()
+        self.done, self.zeros, self.scales = set(), set(), {}
         with open(self._fd, "rb", closefd=False) as stream:
             stream.seek(0)
             os.ftruncate(self._fd, len(stream.readline()))
@@ -113,7 +130,7 @@ class Journal:
             )
         return fd
 
-    def _continue(self, identity: Mapping[str, str]) -> set[int]:
+    def _continue(self, identity: Mapping[str, str]) -> None:
         with open(self._fd, "rb", closefd=False) as stream:
             stream.seek(0)
             content = stream.read()
@@ -124,13 +141,14 @@ class Journal:
         if not head:
             os.write(self._fd, json.dumps(dict(identity), sort_keys=True).encode() + b"\n")
             os.fdatasync(self._fd)
-            return set()
+            return
         try:
             before = json.loads(head)
             differing = [key for key, value in identity.items() if before.get(key) != value]
-            done = {int(line) for line in lines}
-        except (ValueError, AttributeError):
-            differing, done = ["an unreadable journal"], set()
+            for line in lines:
+                self._take(line)
+        except (ValueError, AttributeError, KeyError, TypeError):
+            differing = ["an unreadable journal"]
         if differing:
             raise UsageError(
                 "resume-mismatch",
@@ -138,7 +156,17 @@ class Journal:
                 why="Parts of two different conversions would end in one folder.",
                 next=f"Delete {self.folder} and run the same command without --resume.",
             )
-        return done
+
+    def _take(self, line: bytes) -> None:
+        """One line after the first."""
+        if line.startswith(b"{"):
+            value = json.loads(line)
+            self.scales[int(value["block"])] = block_from_json(value)
+            return
+        job = int(line.removesuffix(b"z"))
+        self.done.add(job)
+        if line.endswith(b"z"):
+            self.zeros.add(job)
 
 
 def partial_folder(output: Path) -> Path:

@@ -26,29 +26,43 @@ Span = tuple[int, int]
 """First index and the index after the last."""
 
 CONVERSIONS = frozenset({("BF16", "BF16"), ("F16", "BF16"), ("F32", "BF16")})
+# With a scale, that is for pieces with a group.
+CASTS = frozenset({("BF16", "F8_E4M3"), ("F16", "F8_E4M3"), ("F32", "F8_E4M3"), ("F8_E4M3", "F8_E4M3")})
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
     """Rows x columns of ``source``, put into the target from row ``at`` on, over the target's whole width.
 
-    ``source`` None stands for zeros (rows that only pad a vocabulary).
+    ``source`` None stands for zeros (rows that only pad a vocabulary). ``group`` is the group of linear layers whose
+    scale casts the piece to FP8; None: no scale.
     """
 
     source: str | None
     rows: Span
     columns: Span
     at: int
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScaleRef:
+    """A scale of a block: ``weight`` or ``input`` of ``group``, or ``key``, ``value`` or ``kv`` (their maximum)."""
+
+    block: int
+    kind: str
+    group: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """One tensor of one rank file and the pieces that it is made of."""
+    """One tensor of one rank file and the pieces that it is made of, or the scale that it holds."""
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    scale: ScaleRef | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,7 @@ def as_matrix(shape: tuple[int, ...]) -> tuple[int, int]:
 def check(tensor_map: TensorMap, sources: Mapping[str, TensorInfo]) -> None:
     """Prove the map against the sources. Raises ``IntegrityError`` that names the first tensor at fault."""
     uses: defaultdict[str, list[tuple[Span, Span]]] = defaultdict(list)
+    casts: dict[str, tuple[str, str | None]] = {}
     for number, rank in enumerate(tensor_map.ranks):
         names = [target.name for target in rank]
         for name in names:
@@ -87,6 +102,9 @@ def check(tensor_map: TensorMap, sources: Mapping[str, TensorInfo]) -> None:
             for piece in target.pieces:
                 if piece.source is not None:
                     uses[piece.source].append((piece.rows, piece.columns))
+                    # A source is read and cast once, whatever it is used for.
+                    if casts.setdefault(piece.source, (target.dtype, piece.group)) != (target.dtype, piece.group):
+                        raise _bad(f"source {piece.source!r} is cast in two ways")
     for name, info in sources.items():
         copies = tensor_map.copies.get(name, 1)
         least, most = coverage(as_matrix(info.shape), uses[name])
@@ -95,6 +113,10 @@ def check(tensor_map: TensorMap, sources: Mapping[str, TensorInfo]) -> None:
 
 
 def _check_target(target: Target, where: str, sources: Mapping[str, TensorInfo]) -> None:
+    if target.scale is not None:
+        if target.pieces or target.dtype != "F32" or target.shape not in ((), (1,)):
+            raise _bad(f"{where} is not one float32 scale")
+        return
     rows, columns = as_matrix(target.shape)
     filled: list[tuple[Span, Span]] = []
     for piece in target.pieces:
@@ -107,7 +129,7 @@ def _check_target(target: Target, where: str, sources: Mapping[str, TensorInfo])
         info = sources.get(piece.source)
         if info is None:
             raise _bad(f"{where} needs {piece.source!r}, which the snapshot lacks")
-        if (info.dtype, target.dtype) not in CONVERSIONS:
+        if (info.dtype, target.dtype) not in (CONVERSIONS if piece.group is None else CASTS):
             raise _bad(f"{where} is {target.dtype}, and {piece.source!r} is {info.dtype}: no such conversion")
         height, width = as_matrix(info.shape)
         if r0 < 0 or r1 > height or c0 < 0 or c1 > width:

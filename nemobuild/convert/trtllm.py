@@ -14,16 +14,29 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
+from nemobuild.convert.fp8_map import ScaleNames
 from nemobuild.convert.tensor_map import Piece, Target, TensorMap
 from nemobuild.errors import UsageError
 from nemobuild.model.spec import Attention, Block, Linear, Mlp, ModelSpec, NoOp
 
 DTYPE = "BF16"
+SCALES = ScaleNames(
+    weight="weights_scaling_factor",
+    input="activation_scaling_factor",
+    shape=(1,),
+    # The runtime wants the first; NVIDIA ModelOpt writes all three, and so every reader of its checkpoints takes them.
+    kv=tuple(
+        ("attention.qkv.weight", f"attention.{kind}_cache_scaling_factor", ref)
+        for kind, ref in (("kv", "kv"), ("k", "key"), ("v", "value"))
+    ),
+)
 _IMPL = {Attention: "attention", Mlp: "mlp", Linear: "linear", NoOp: "no_op"}
 
 
-def checkpoint_config(spec: ModelSpec, tp: int = 1, pp: int = 1) -> dict[str, Any]:
-    """``config.json`` of the BF16 checkpoint. Per-block values are global, not per rank."""
+def checkpoint_config(
+    spec: ModelSpec, tp: int = 1, pp: int = 1, *, fp8: bool = False, fp8_kv: bool = False
+) -> dict[str, Any]:
+    """``config.json`` of the checkpoint, BF16 or FP8. Per-block values are global, not per rank."""
     nas = is_deci(spec)
     config: dict[str, Any] = {
         "architecture": "DeciLMForCausalLM" if nas else "LlamaForCausalLM",
@@ -46,8 +59,11 @@ def checkpoint_config(spec: ModelSpec, tp: int = 1, pp: int = 1) -> dict[str, An
         "use_parallel_embedding": False,
         "embedding_sharding_dim": 0,
         "mapping": {"world_size": tp * pp, "tp_size": tp, "pp_size": pp},
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": {"quant_algo": "FP8" if fp8 else None, "kv_cache_quant_algo": "FP8" if fp8_kv else None},
     }
+    if fp8:
+        # A list replaces the runtime's default, which leaves lm_head out of the quantisation too.
+        config["quantization"]["exclude_modules"] = ["lm_head"]
     if nas:
         config["layer_configs"] = [_layer_config(block) for block in spec.blocks]
     return config

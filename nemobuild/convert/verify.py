@@ -1,9 +1,9 @@
-"""Is a checkpoint what its source says? Names, dtypes, shapes, every byte, the config, and the logits.
+"""Is a checkpoint what its source says, and good enough? Names, dtypes, shapes, scales, every value, config, quality.
 
-This shares no rule with the converter. The converter thinks from target to source (pieces of a target tensor);
-here each source tensor is walked in blocks of rows and looked up in all ranks by the table ``_PLACES``, and what no
-source accounts for is reported as unexpected. The logits go through the reader and the forward pass of the CPU
-runtime, so a fault in both tables would still show. Memory: a few row blocks, and one block of the model at a time.
+This shares no rule with the converter (``verify_places``). In a BF16 checkpoint every byte and every logit must be that
+of the source; in an FP8 one every weight within half a step of E4M3, and the model as a whole within thresholds on
+held-out text (``quality``). The forward pass goes through the reader of the CPU runtime, so a fault in both tables
+would still show. Memory: a few row blocks, and one block of each model at a time.
 
 Nothing is raised for a mismatch: all findings are collected, the worst first.
 """
@@ -11,41 +11,37 @@ Nothing is raised for a mismatch: all findings are collected, the worst first.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from nemobuild.convert.verify_logits import logit_error, rounded_bits
+from nemobuild.convert.quality import HeldOutText, QualityReport, QualityThresholds, measure_quality
+from nemobuild.convert.verify_models import StreamedModel, hf_model, hf_tensors, logit_error, trtllm_model
+from nemobuild.convert.verify_places import Layout, Place, hf_layout, trtllm_layout
+from nemobuild.convert.verify_tensors import (
+    Difference,
+    Source,
+    WeightError,
+    check_scales,
+    compare_source,
+    dirty_padding,
+    weight_errors,
+)
 from nemobuild.convert.workers import Progress, default_workers
 from nemobuild.engine.cpu.checkpoint_config import CheckpointConfig, read_config
 from nemobuild.errors import NemobuildError, UsageError
+from nemobuild.model.hf_config import load_json, spec_from_config
 from nemobuild.model.spec import ModelSpec
 from nemobuild.weights.safetensors import TensorInfo, read_header
 from nemobuild.weights.snapshot import Snapshot
 
-KINDS = ("config", "file", "missing", "unexpected", "dtype", "shape", "bytes", "logits")
+KINDS = tuple("config file missing unexpected dtype shape scale bytes weights logits quality activations".split())
 """Kinds of findings, worst first."""
 LOGIT_TOLERANCE = 1e-3
-ROW_BLOCK_BYTES = 4 << 20
 _DEFAULT_PROMPT_TOKENS = (12, 5)
-
-# Part of a block in Hugging Face's words -> tensor of the checkpoint and how the ranks share it.
-_PLACES = {
-    "input_layernorm": ("input_layernorm", "copy"),
-    "self_attn.q_proj": ("attention.qkv", "q"),
-    "self_attn.k_proj": ("attention.qkv", "k"),
-    "self_attn.v_proj": ("attention.qkv", "v"),
-    "self_attn.o_proj": ("attention.dense", "columns"),
-    "self_attn.linear_attn": ("attention", "rows"),
-    "post_attention_layernorm": ("post_layernorm", "copy"),
-    "mlp.gate_proj": ("{ffn}.fc", "rows"),
-    "mlp.up_proj": ("{ffn}.gate", "rows"),
-    "mlp.down_proj": ("{ffn}.proj", "columns"),
-    "mlp.linear_mlp": ("{ffn}", "rows"),
-}
 _SPEC_FIELDS = (
     *("hidden_size", "vocab_size", "query_heads", "head_size", "rope", "norm_epsilon", "max_context_tokens"),
     "blocks",
@@ -64,14 +60,21 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """Findings, worst first. ``max_logit_error`` is None when no logits could be or should be computed."""
+    """Findings, worst first, and the numbers behind them.
+
+    ``max_logit_error`` is None for FP8, and when no logits could be or should be computed. ``weights`` (FP8 only, the
+    worst first) and ``quality`` (with held-out texts only) say what FP8 costs.
+    """
 
     checkpoint: Path
+    precision: str
     findings: tuple[Finding, ...]
     tensors: int
     compared_bytes: int
     prompt_tokens: int
     max_logit_error: float | None
+    weights: tuple[WeightError, ...]
+    quality: QualityReport | None
     elapsed_s: float
 
     @property
@@ -80,14 +83,16 @@ class VerifyReport:
 
 
 @dataclass(frozen=True, slots=True)
-class _Place:
-    """Rows x columns of a source tensor, to be found from row ``at`` on in a tensor of the checkpoint."""
+class _Opened:
+    """A checkpoint whose config was read. ``config`` is None for a Hugging Face folder."""
 
-    rank: int
-    name: str
-    rows: tuple[int, int]
-    columns: tuple[int, int]
-    at: int
+    layout: Layout
+    config: CheckpointConfig | None
+    broken: frozenset[int]
+
+    @property
+    def fp8(self) -> bool:
+        return any(place.scale for _, place in self.layout.places)
 
 
 def verify(
@@ -95,17 +100,21 @@ def verify(
     against: Snapshot,
     prompts: list[list[int]] | None = None,
     *,
+    texts: Sequence[HeldOutText] = (),
+    thresholds: QualityThresholds | None = None,
     workers: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    block_progress: Callable[[int, int], None] | None = None,
 ) -> VerifyReport:
-    """Compare the checkpoint folder with its source.
+    """Compare a checkpoint folder (TensorRT-LLM's or Hugging Face's form) with its source.
 
-    ``prompts`` are token ids; None takes two short ones, an empty list leaves the logits out. Sources wider than BF16
-    are rounded before they are compared. ``progress`` is called once per source tensor.
-    Raises ``UsageError`` for a bad prompt or a path that is not a folder; all else is a finding.
+    ``prompts`` are token ids, for BF16; None takes two short ones, an empty list leaves the logits out. Sources wider
+    than BF16 are rounded before they are compared. ``texts`` are what the quality of an FP8 checkpoint is measured on,
+    against ``thresholds``. ``progress`` is called once per source tensor, ``block_progress`` once per block of a
+    measurement. Raises ``UsageError`` for a bad prompt, text or path; all else is a finding.
     """
     started_s = time.monotonic()
-    checkpoint = Path(checkpoint)
+    checkpoint, thresholds = Path(checkpoint), thresholds or QualityThresholds()
     if not checkpoint.is_dir():
         raise UsageError("bad-path", f"{checkpoint} is not a folder.", next="Give the folder of the checkpoint.")
     if prompts is None:
@@ -113,21 +122,28 @@ def verify(
     _check_prompts(prompts, against.spec)
     findings: list[Finding] = []
     compared_bytes, tensors, max_logit_error = 0, 0, None
-    config = _compare_config(checkpoint, against.spec, findings)
-    if config is not None:
-        ranks = _read_headers(checkpoint, config, findings)
-        tensors = sum(map(len, ranks))
-        compared_bytes = _compare_tensors(config, ranks, against, findings, workers, progress, started_s)
-        if prompts and all(f.kind == "bytes" for f in findings):
-            max_logit_error = _compare_logits(checkpoint, against, prompts, findings)
+    errors: tuple[WeightError, ...] = ()
+    quality = None
+    opened = _open(checkpoint, against.spec, findings)
+    if opened is not None:
+        tensors = sum(map(len, opened.layout.tensors))
+        compared_bytes, errors = _compare_tensors(opened, against, thresholds, findings, workers, progress, started_s)
+        if all(f.kind in ("scale", "bytes", "weights") for f in findings):
+            if not opened.fp8 and prompts:
+                max_logit_error = _compare_logits(checkpoint, opened, against, prompts, findings)
+            elif opened.fp8 and texts:
+                quality = _measure(checkpoint, opened, against, texts, thresholds, findings, block_progress)
     findings.sort(key=lambda f: (KINDS.index(f.kind), -f.extent))
     return VerifyReport(
         checkpoint=checkpoint,
+        precision="fp8" if opened is not None and opened.fp8 else "bf16",
         findings=tuple(findings),
         tensors=tensors,
         compared_bytes=compared_bytes,
-        prompt_tokens=sum(map(len, prompts)),
+        prompt_tokens=0 if opened is not None and opened.fp8 else sum(map(len, prompts)),
         max_logit_error=max_logit_error,
+        weights=errors,
+        quality=quality,
         elapsed_s=time.monotonic() - started_s,
     )
 
@@ -136,6 +152,11 @@ def default_prompts(spec: ModelSpec) -> list[list[int]]:
     """Two prompts of token ids spread over the vocabulary, the same for every run."""
     rng = np.random.default_rng(0)
     return [rng.integers(0, spec.vocab_size, count).tolist() for count in _DEFAULT_PROMPT_TOKENS]
+
+
+def is_trtllm(folder: Path) -> bool:
+    """Whether ``folder`` is a TensorRT-LLM checkpoint, not a Hugging Face folder."""
+    return not any(folder.glob("model*.safetensors"))
 
 
 def _check_prompts(prompts: Sequence[Sequence[int]], spec: ModelSpec) -> None:
@@ -148,14 +169,20 @@ def _check_prompts(prompts: Sequence[Sequence[int]], spec: ModelSpec) -> None:
             )
 
 
-def _compare_config(checkpoint: Path, spec: ModelSpec, findings: list[Finding]) -> CheckpointConfig | None:
-    """Compare ``config.json``; None when the rest cannot be read by it."""
+def _open(checkpoint: Path, spec: ModelSpec, findings: list[Finding]) -> _Opened | None:
+    """Read and compare ``config.json`` and the headers; None when the rest cannot be read by them."""
+    config = None
     try:
-        config, found = read_config(checkpoint)
+        if is_trtllm(checkpoint):
+            config, found = read_config(checkpoint)
+        else:
+            values = load_json(checkpoint / "config.json")
+            values.pop("quantization_config", None)  # that is hf_layout's
+            found = spec_from_config(values, source=str(checkpoint / "config.json"))
     except NemobuildError as error:
         findings.append(Finding("config", "config.json", str(error)))
         return None
-    if found.dtype != "bfloat16":
+    if found.dtype != "bfloat16" and config is not None:
         findings.append(Finding("config", "config.json: dtype", f"It is {found.dtype}, not bfloat16."))
     for name in _SPEC_FIELDS:
         ours, theirs = getattr(found, name), getattr(spec, name)
@@ -167,176 +194,130 @@ def _compare_config(checkpoint: Path, spec: ModelSpec, findings: list[Finding]) 
         elif ours != theirs:
             findings.append(Finding("config", where, f"It is {str(ours)[:200]}; the source has {str(theirs)[:200]}."))
     # Tensors can only be looked up by a config that describes the same blocks.
-    same = (
-        found.blocks == spec.blocks and found.hidden_size == spec.hidden_size and found.query_heads == spec.query_heads
-    )
-    return config if same and found.head_size == spec.head_size and found.vocab_size == spec.vocab_size else None
+    if any(getattr(found, n) != getattr(spec, n) for n in _SPEC_FIELDS[:4]) or found.blocks != spec.blocks:
+        return None
+    if config is not None:
+        files = [f"rank{n}.safetensors" for n in range(config.tp * config.pp)]
+        tensors, broken = _read_headers(checkpoint, files, findings)
+        return _Opened(trtllm_layout(config, spec, tensors), config, broken)
+    tensors, broken = _read_headers(checkpoint, sorted(f.name for f in checkpoint.glob("*.safetensors")), findings)
+    merged = {name: info for held in tensors for name, info in held.items()}
+    try:
+        layout = hf_layout(checkpoint, spec, merged)
+    except NemobuildError as error:
+        findings.append(Finding("config", "hf_quant_config.json", str(error)))
+        return None
+    return _Opened(layout, None, frozenset({0}) if broken else broken)
 
 
-def _read_headers(checkpoint: Path, config: CheckpointConfig, findings: list[Finding]) -> list[dict[str, TensorInfo]]:
-    """Tensors of every rank; an unreadable file is a finding and has none."""
-    ranks: list[dict[str, TensorInfo]] = []
-    files = [f"rank{n}.safetensors" for n in range(config.tp * config.pp)]
-    for file in files:
+def _read_headers(
+    checkpoint: Path, files: list[str], findings: list[Finding]
+) -> tuple[list[dict[str, TensorInfo]], frozenset[int]]:
+    """Tensors of every file, and the indices of unreadable ones, which are findings and have none."""
+    tensors: list[dict[str, TensorInfo]] = []
+    broken = set()
+    for n, file in enumerate(files):
         try:
-            ranks.append(read_header(checkpoint / file))
+            tensors.append(read_header(checkpoint / file))
         except NemobuildError as error:
             findings.append(Finding("file", file, str(error)))
-            ranks.append({})
+            tensors.append({})
+            broken.add(n)
     for path in sorted(checkpoint.glob("*.safetensors")):
         if path.name not in files:
             findings.append(Finding("file", path.name, f"config.json speaks of {len(files)} ranks only."))
-    return ranks
+    return tensors, frozenset(broken)
 
 
 def _compare_tensors(
-    config: CheckpointConfig,
-    ranks: list[dict[str, TensorInfo]],
+    opened: _Opened,
     against: Snapshot,
+    thresholds: QualityThresholds,
     findings: list[Finding],
     workers: int | None,
     progress: Callable[[Progress], None] | None,
     started_s: float,
-) -> int:
-    """Compare all tensors; gives the checkpoint bytes that were compared."""
-    broken = {
-        n for n, rank in enumerate(ranks) if not rank and any(f.where == f"rank{n}.safetensors" for f in findings)
-    }
-    wanted: dict[tuple[int, str], tuple[int, ...]] = {}
-    uses: dict[str, list[_Place]] = {name: [] for name in against.tensors}
-    for source, place, shape in _places(config, against.spec, ranks):
-        uses[source].append(place)
-        wanted[place.rank, place.name] = shape
+) -> tuple[int, tuple[WeightError, ...]]:
+    """Compare all tensors; gives the checkpoint bytes that were compared, and the errors of FP8 weights."""
+    layout = opened.layout
+    scales, faults = check_scales(layout)
+    findings += [Finding("scale", where, what) for where, what in faults]
     usable = set()
-    for (rank, name), shape in wanted.items():
-        where, info = f"rank{rank}: {name}", ranks[rank].get(name)
+    for (rank, name), place in {(p.rank, p.name): p for _, p in layout.places}.items():
+        info, where = layout.tensors[rank].get(name), layout.label(rank, name)
+        dtype = "F8_E4M3" if place.scale else "BF16"
         if info is None:
-            if rank not in broken:
+            if rank not in opened.broken:
                 findings.append(Finding("missing", where, "The tensor is not there."))
-        elif info.dtype != "BF16":
-            findings.append(Finding("dtype", where, f"It is {info.dtype}, not BF16."))
-        elif info.shape != shape:
-            findings.append(Finding("shape", where, f"It has shape {info.shape}; the source implies {shape}."))
-        else:
+        elif info.dtype != dtype:
+            findings.append(Finding("dtype", where, f"It is {info.dtype}, not {dtype}."))
+        elif info.shape != place.shape:
+            findings.append(Finding("shape", where, f"It has shape {info.shape}; the source implies {place.shape}."))
+        elif not place.scale or (rank, place.scale) in scales:
             usable.add((rank, name))
-    for n, rank_tensors in enumerate(ranks):
-        for name in rank_tensors:
-            if (n, name) not in wanted:
-                findings.append(Finding("unexpected", f"rank{n}: {name}", "Nothing in the source accounts for it."))
+    known = {(p.rank, p.name) for _, p in layout.places} | {(s.rank, s.name) for s in layout.scales}
+    for rank, held in enumerate(layout.tensors):
+        for name in held:
+            if (rank, name) not in known:
+                where = layout.label(rank, name)
+                findings.append(Finding("unexpected", where, "Nothing in the source accounts for it."))
 
-    def compare(name: str) -> list[Finding]:
-        places = [p for p in uses[name] if (p.rank, p.name) in usable]
-        return list(_compare_source(against.tensors[name], places, ranks))
-
+    uses: dict[str, list[Place]] = {name: [] for name in against.tensors}
+    for source_name, place in layout.places:
+        if (place.rank, place.name) in usable:
+            uses[source_name].append(place)
+    source = _source(against)
+    differences: list[Difference] = []
     done_bytes = 0
     with ThreadPoolExecutor(workers or default_workers()) as pool:
-        for name, found in zip(uses, pool.map(compare, uses), strict=True):
-            findings += found
+        compare = pool.map(lambda name: compare_source(source, name, uses[name], layout, scales), uses)
+        for name, found in zip(uses, compare, strict=True):
+            differences += found
+            findings += [_finding(name, d, layout) for d in found if d.wrong]
             done_bytes += against.tensors[name].nbytes
             if progress is not None:
                 elapsed_s = time.monotonic() - started_s
                 progress(Progress(done_bytes, against.weight_bytes, 0, elapsed_s, name))
-    findings += _compare_padding(config, ranks, against.spec, usable)
-    return sum(ranks[rank][name].nbytes for rank, name in usable)
+    if opened.config is not None:
+        last = opened.config.pp * opened.config.tp
+        for where in dirty_padding(layout, range(last - opened.config.tp, last), against.spec.vocab_size, usable):
+            findings.append(Finding("bytes", where, "Rows beyond the vocabulary are not zero."))
+    errors = weight_errors(differences, layout)
+    for error in errors:
+        if not error.error <= thresholds.max_weight_error:
+            what = f"Its error is {error.error:.4g} of its weights (allowed: {thresholds.max_weight_error:.4g})."
+            findings.append(Finding("weights", error.where, what, error.error))
+    compared = sum(layout.tensors[rank][name].nbytes for rank, name in usable | scales.keys())
+    return compared, errors
 
 
-def _places(
-    config: CheckpointConfig, spec: ModelSpec, ranks: list[dict[str, TensorInfo]]
-) -> Iterator[tuple[str, _Place, tuple[int, ...]]]:
-    """For every source tensor and every rank that holds of it: where, and the shape of the tensor there."""
-    tp, shapes = config.tp, spec.tensor_shapes()
-    stage_of = {layer: stage for stage, layers in enumerate(config.stages) for layer in layers}
-    vocab, hidden, padded = spec.vocab_size, spec.hidden_size, -(-spec.vocab_size // tp)
-    for source, shape in shapes.items():
-        rows, columns = shape if len(shape) == 2 else (1, shape[0])
-        if not source.startswith("model.layers."):
-            continue
-        _, _, number, part = source.removesuffix(".weight").split(".", 3)
-        layer = int(number)
-        stage = stage_of[layer]
-        name, rule = _PLACES[part]
-        name = name.replace("{ffn}", config.ffn_name)
-        name = f"transformer.layers.{layer - config.stages[stage].start}.{name}.weight"
-        for t in range(tp):
-            rank = stage * tp + t
-            if rule == "copy":
-                yield source, _Place(rank, name, (0, rows), (0, columns), 0), shape
-            elif rule == "rows":
-                share = rows // tp
-                yield source, _Place(rank, name, (t * share, (t + 1) * share), (0, columns), 0), (share, columns)
-            elif rule == "columns":
-                share = columns // tp
-                yield source, _Place(rank, name, (0, rows), (t * share, (t + 1) * share), 0), (rows, share)
-            else:
-                query_rows, size = spec.query_width // tp, spec.head_size
-                kv_heads = spec.kv_heads_per_block[layer]
-                # One head at least on every rank, so with more ranks than heads neighbours hold the same one.
-                kv_rows = max(kv_heads // tp, 1) * size
-                start = t * query_rows if rule == "q" else t * kv_heads // tp * size
-                count = query_rows if rule == "q" else kv_rows
-                at = {"q": 0, "k": query_rows, "v": query_rows + kv_rows}[rule]
-                whole = (query_rows + 2 * kv_rows, columns)
-                yield source, _Place(rank, name, (start, start + count), (0, columns), at), whole
-    last = (config.pp - 1) * tp
-    head = "model.embed_tokens.weight" if spec.tied_embeddings else "lm_head.weight"
-    for t in range(tp):
-        embedding = _Place(t, "transformer.vocab_embedding.weight", (0, vocab), (0, hidden), 0)
-        yield "model.embed_tokens.weight", embedding, (vocab, hidden)
-        yield "model.norm.weight", _Place(last + t, "transformer.ln_f.weight", (0, 1), (0, hidden), 0), (hidden,)
-        # Tied weights may be left out: TensorRT-LLM then takes the embedding.
-        if not spec.tied_embeddings or "lm_head.weight" in ranks[last + t]:
-            rows_there = (min(t * padded, vocab), min((t + 1) * padded, vocab))
-            yield head, _Place(last + t, "lm_head.weight", rows_there, (0, hidden), 0), (padded, hidden)
+def _finding(source: str, difference: Difference, layout: Layout) -> Finding:
+    where = layout.label(difference.place.rank, difference.place.name)
+    share = difference.wrong / difference.values
+    count = f"{difference.wrong:,} of {difference.values:,} values"
+    if difference.exact:
+        return Finding("bytes", where, f"{count} differ from {source}, first at {difference.where}.", share)
+    what = f"{count} are further from {source} than half a step, first at {difference.where}."
+    return Finding("bytes", where, what, share)
 
 
-def _compare_source(source: TensorInfo, places: list[_Place], ranks: list[dict[str, TensorInfo]]) -> Iterator[Finding]:
-    """Walk a source tensor once, by blocks of rows, and compare each with all its places."""
-    rows, columns = source.shape if len(source.shape) == 2 else (1, source.shape[0])
-    step = max(1, ROW_BLOCK_BYTES * rows // max(1, source.nbytes))
-    wrong = [0] * len(places)
-    first: list[str] = [""] * len(places)
-    for start in range(0, rows if places else 0, step):
-        end = min(start + step, rows)
-        block = rounded_bits(source, (start, end)).reshape(end - start, columns)
-        for i, place in enumerate(places):
-            r0, r1 = max(start, place.rows[0]), min(end, place.rows[1])
-            if r0 >= r1:
-                continue
-            at = place.at + r0 - place.rows[0]
-            info = ranks[place.rank][place.name]
-            found = rounded_bits(info, (at, at + r1 - r0)).reshape(r1 - r0, -1)
-            differs = found != block[r0 - start : r1 - start, place.columns[0] : place.columns[1]]
-            count = int(np.count_nonzero(differs))
-            if count and not wrong[i]:
-                row, column = np.argwhere(differs)[0]
-                first[i] = f"[{at + row}, {column}]" if len(info.shape) == 2 else f"[{column}]"
-            wrong[i] += count
-    for place, count, where in zip(places, wrong, first, strict=True):
-        if count:
-            size = (place.rows[1] - place.rows[0]) * (place.columns[1] - place.columns[0])
-            what = f"{count:,} of {size:,} values differ from {source.name}, first at {where}."
-            yield Finding("bytes", f"rank{place.rank}: {place.name}", what, count / size)
+def _source(against: Snapshot) -> Source:
+    fp8 = any(info.dtype == "F8_E4M3" for info in against.tensors.values())
+    return Source(against.tensors, hf_tensors(against.path) if fp8 else {})
 
 
-def _compare_padding(
-    config: CheckpointConfig, ranks: list[dict[str, TensorInfo]], spec: ModelSpec, usable: set[tuple[int, str]]
-) -> Iterator[Finding]:
-    """Rows beyond the vocabulary must be zero."""
-    name = "lm_head.weight"
-    for t in range(config.tp):
-        rank = (config.pp - 1) * config.tp + t
-        if (rank, name) in usable:
-            info = ranks[rank][name]
-            held = min(max(spec.vocab_size - t * info.shape[0], 0), info.shape[0])
-            if rounded_bits(info, (held, info.shape[0])).any():
-                yield Finding("bytes", f"rank{rank}: {name}", "Rows beyond the vocabulary are not zero.")
+def _models(checkpoint: Path, opened: _Opened, against: Snapshot) -> tuple[StreamedModel, StreamedModel]:
+    """The checkpoint and its source, ready to run. Raises ``NemobuildError`` for what the CPU runtime refuses."""
+    source = _source(against)
+    ours = trtllm_model(checkpoint) if opened.config else hf_model(against.spec, opened.layout.tensors[0])
+    return ours, hf_model(against.spec, {**source.scales, **source.tensors})
 
 
 def _compare_logits(
-    checkpoint: Path, against: Snapshot, prompts: list[list[int]], findings: list[Finding]
+    checkpoint: Path, opened: _Opened, against: Snapshot, prompts: list[list[int]], findings: list[Finding]
 ) -> float | None:
     try:
-        error = logit_error(checkpoint, against, prompts)
+        error = logit_error(*_models(checkpoint, opened, against), prompts)
     except NemobuildError as refusal:
         findings.append(Finding("logits", "forward pass", str(refusal)))
         return None
@@ -345,3 +326,26 @@ def _compare_logits(
         what = f"Logits differ by up to {error:.3g} (allowed: {LOGIT_TOLERANCE:g})."
         findings.append(Finding("logits", "forward pass", what, error))
     return error
+
+
+def _measure(
+    checkpoint: Path,
+    opened: _Opened,
+    against: Snapshot,
+    texts: Sequence[HeldOutText],
+    thresholds: QualityThresholds,
+    findings: list[Finding],
+    progress: Callable[[int, int], None] | None,
+) -> QualityReport | None:
+    try:
+        ours, theirs = _models(checkpoint, opened, against)
+        report = measure_quality(theirs, ours, texts, progress)
+    except UsageError:  # the texts are at fault, not the checkpoint
+        raise
+    except NemobuildError as refusal:
+        findings.append(Finding("quality", "forward pass", str(refusal)))
+        return None
+    for where, what, ratio in report.failures(thresholds):
+        kind = "activations" if "saturated" in what else "quality"
+        findings.append(Finding(kind, where, what, ratio))
+    return report

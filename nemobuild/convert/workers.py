@@ -3,7 +3,9 @@
 The work is cut by source, not by target: a job reads a run of rows of one source tensor once and serves every
 rank file from it, so the source is read once however many ranks there are. Threads are enough, since read,
 write and the NumPy loops all release the interpreter. Chunks stay in the cache between the read, the search
-for NaN and Inf, and the write.
+for NaN and Inf, the cast, and the write.
+
+A job of an FP8 model needs the scales of its block, and may have to wait for the calibration to find them.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemobuild.convert.bf16 import Buffers, bf16_bits
+from nemobuild.convert.fp8 import count_codes, fp8_codes
+from nemobuild.convert.scales import BlockScales, block_of
 from nemobuild.convert.tensor_map import TensorMap, as_matrix
 from nemobuild.errors import from_os_error
 from nemobuild.weights.safetensors import ITEM_BYTES, ShardWriter, TensorInfo, read_into, write_from
@@ -53,18 +57,31 @@ class _Move:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """Rows of one source and everything that is made of them. Zeros have no source."""
+    """Rows of one source and everything that is made of them. Zeros have no source; ``group`` is set for FP8."""
 
     name: str
     source: TensorInfo | None
     rows: tuple[int, int]
     source_bytes: int
     moves: tuple[_Move, ...]
+    group: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A finished job; ``zeros``: all its weights are zero."""
+
+    number: int
+    zeros: bool
 
 
 @dataclass(slots=True)
 class Run:
-    """What the threads of one conversion share."""
+    """What the threads of one conversion share.
+
+    ``scales`` gives the scales of a block and may block; ``source_scales`` are those of FP8 sources by weight.
+    ``counts`` has 256 counters for each weight whose codes are to be counted.
+    """
 
     jobs: Iterator[tuple[int, Job]]
     writers: list[ShardWriter]
@@ -73,10 +90,13 @@ class Run:
     resumed_bytes: int
     done_bytes: int
     started_s: float
+    scales: Callable[[int], BlockScales] | None = None
+    source_scales: Mapping[str, float] = field(default_factory=dict)
+    counts: Mapping[str, NDArray[np.int64]] = field(default_factory=dict)
     reported_s: float = 0.0
     stop: bool = False
     lock: threading.Lock = field(default_factory=threading.Lock)
-    finished: SimpleQueue[int | BaseException | None] = field(default_factory=SimpleQueue)
+    finished: SimpleQueue[Done | BaseException | None] = field(default_factory=SimpleQueue)
 
 
 def default_workers() -> int:
@@ -87,8 +107,11 @@ def default_workers() -> int:
 def make_jobs(tensor_map: TensorMap, sources: Mapping[str, TensorInfo], writers: list[ShardWriter]) -> Iterator[Job]:
     """The map turned around: by source, cut into runs of rows of about ``JOB_BYTES``."""
     uses: dict[str, list[_Move]] = {}
+    groups: dict[str, str | None] = {}
     for rank, (targets, writer) in enumerate(zip(tensor_map.ranks, writers, strict=True)):
         for target in targets:
+            if not target.pieces:
+                continue
             place = writer.tensors[target.name]
             row_bytes = as_matrix(target.shape)[1] * ITEM_BYTES[target.dtype]
             for piece in target.pieces:
@@ -97,6 +120,7 @@ def make_jobs(tensor_map: TensorMap, sources: Mapping[str, TensorInfo], writers:
                     yield Job(target.name, None, piece.rows, 0, (move,))
                 else:
                     uses.setdefault(piece.source, []).append(move)
+                    groups[piece.source] = piece.group
     for name, moves in uses.items():
         source = sources[name]
         rows, columns = as_matrix(source.shape)
@@ -105,11 +129,11 @@ def make_jobs(tensor_map: TensorMap, sources: Mapping[str, TensorInfo], writers:
         for first in range(0, rows, step):
             last = min(first + step, rows)
             part = tuple(m for m in moves if m.rows[0] < last and first < m.rows[1])
-            yield Job(name, source, (first, last), (last - first) * row_bytes, part)
+            yield Job(name, source, (first, last), (last - first) * row_bytes, part, groups[name])
 
 
 def start(run: Run, count: int) -> list[threading.Thread]:
-    """Start ``count`` workers. Each puts job numbers into ``run.finished``, an error if one ends it, and None."""
+    """Start ``count`` workers. Each puts what is done into ``run.finished``, an error if one ends it, and None."""
     threads = [threading.Thread(target=_work, args=(run,), daemon=True) for _ in range(count)]
     for thread in threads:
         thread.start()
@@ -124,8 +148,9 @@ def _work(run: Run) -> None:
                 number, job = next(run.jobs, (-1, None))
             if job is None:
                 break
-            if _do(run, job, buffers):
-                run.finished.put(number)
+            zeros = _do(run, job, buffers)
+            if zeros is not None:
+                run.finished.put(Done(number, zeros))
     except BaseException as error:
         run.stop = True
         run.finished.put(error)
@@ -133,36 +158,66 @@ def _work(run: Run) -> None:
         run.finished.put(None)
 
 
-def _do(run: Run, job: Job, buffers: Buffers) -> bool:
-    """Carry one job out; False when it was told to stop."""
+def _do(run: Run, job: Job, buffers: Buffers) -> bool | None:
+    """Carry one job out. Tells whether all its weights are zero (FP8 only), or None when it was told to stop."""
     if job.source is None:
         for move in job.moves:
             count = (move.rows[1] - move.rows[0]) * (move.columns[1] - move.columns[0])
             writer = run.writers[move.rank]
             write_from(writer.fd, np.zeros(count, np.uint16).data, move.offset, writer.path)
-        return True
+        return False
+    scale, zeros = 0.0, job.group is not None
+    if job.group is not None:
+        assert run.scales is not None
+        scale = run.scales(block_of(job.group)).groups[job.group].weight
     columns = as_matrix(job.source.shape)[1]
-    row_bytes = columns * ITEM_BYTES[job.source.dtype]
+    for start, raw in chunks(job, buffers):
+        if run.stop:
+            return None
+        if job.group is None:
+            block = bf16_bits(raw, job.source, start * columns, buffers)
+        else:
+            source_scale = run.source_scales.get(job.name, 1.0)
+            block, empty = fp8_codes(raw, job.source, start * columns, scale, source_scale, buffers)
+            zeros = zeros and empty
+            _count(run, job.name, raw)
+        block = block.reshape(-1, columns)
+        for move in job.moves:
+            _put(run.writers[move.rank], move, block, start, buffers)
+        _tell(run, job, raw.nbytes, final=start + len(block) == job.rows[1])
+    return zeros
+
+
+def chunks(job: Job, buffers: Buffers) -> Iterator[tuple[int, NDArray[Any]]]:
+    """First row and bytes of each chunk of the source of ``job``; the memory is used again for the next."""
+    assert job.source is not None
+    row_bytes = as_matrix(job.source.shape)[1] * ITEM_BYTES[job.source.dtype]
     step = max(1, CHUNK_BYTES // row_bytes)
-    first, last = job.rows
     try:
         fd = os.open(job.source.file, os.O_RDONLY)
     except OSError as error:
         raise from_os_error(error, job.source.file, "reading") from error
     try:
-        for start in range(first, last, step):
-            if run.stop:
-                return False
-            end = min(start + step, last)
-            raw = buffers.get("raw", "u1", (end - start) * row_bytes)
+        for start in range(*job.rows, step):
+            raw = buffers.get("raw", "u1", (min(start + step, job.rows[1]) - start) * row_bytes)
             read_into(fd, raw.data, job.source.offset + start * row_bytes, job.source.file)
-            block = bf16_bits(raw, job.source, start * columns, buffers).reshape(end - start, columns)
-            for move in job.moves:
-                _put(run.writers[move.rank], move, block, start, buffers)
-            _tell(run, job, raw.nbytes, final=end == last)
+            yield start, raw
     finally:
         os.close(fd)
-    return True
+
+
+def count_job(run: Run, job: Job, buffers: Buffers) -> None:
+    """Count the codes of a job that an earlier run did."""
+    for _, raw in chunks(job, buffers):
+        _count(run, job.name, raw)
+
+
+def _count(run: Run, name: str, raw: NDArray[Any]) -> None:
+    if name in run.counts:
+        counts = np.zeros(256, np.int64)
+        count_codes(raw, counts)
+        with run.lock:
+            run.counts[name][...] += counts
 
 
 def _put(writer: ShardWriter, move: _Move, block: NDArray[Any], start: int, buffers: Buffers) -> None:
@@ -173,10 +228,10 @@ def _put(writer: ShardWriter, move: _Move, block: NDArray[Any], start: int, buff
     c0, c1 = move.columns
     part = block[r0 - start : r1 - start, c0:c1]
     if c1 - c0 < block.shape[1]:
-        gathered = buffers.get("gathered", "<u2", part.size).reshape(part.shape)
+        gathered = buffers.get("gathered", "u1", part.nbytes).view(block.dtype).reshape(part.shape)
         np.copyto(gathered, part)
         part = gathered
-    write_from(writer.fd, part.data, move.offset + (r0 - move.rows[0]) * (c1 - c0) * 2, writer.path)
+    write_from(writer.fd, part.data, move.offset + (r0 - move.rows[0]) * (c1 - c0) * part.itemsize, writer.path)
 
 
 def _tell(run: Run, job: Job, count_bytes: int, *, final: bool) -> None:

@@ -222,21 +222,30 @@ def hf_ends(spec: ModelSpec, read: Callable[[str], Array]) -> EndWeights:
     return EndWeights(embedding, read("model.norm.weight"), lm_head)
 
 
-def hf_block(spec: ModelSpec, index: int, read: Callable[[str], Array]) -> BlockWeights:
-    """``BlockWeights`` of block ``index`` from ``read``, which gives a tensor by its Hugging Face name."""
+def hf_block(
+    spec: ModelSpec,
+    index: int,
+    read: Callable[[str], Array],
+    stack: Callable[[list[Array]], Array] | None = None,
+) -> BlockWeights:
+    """``BlockWeights`` of block ``index`` from ``read``, which gives a tensor by its Hugging Face name.
+
+    ``stack`` puts matrices of one input one below the other; needed where ``read`` gives something else than arrays.
+    """
+    stack = stack or _stack
     block, prefix = spec.blocks[index], f"model.layers.{index}"
     parts: dict[str, Array] = {}
     if not isinstance(block.attention, NoOp):
         parts["attention_norm"] = read(f"{prefix}.input_layernorm.weight")
     if isinstance(block.attention, Attention):
-        parts["qkv"] = _stack([read(f"{prefix}.self_attn.{x}_proj.weight") for x in "qkv"])
+        parts["qkv"] = stack([read(f"{prefix}.self_attn.{x}_proj.weight") for x in "qkv"])
         parts["o"] = read(f"{prefix}.self_attn.o_proj.weight")
     elif isinstance(block.attention, Linear):
         parts["attention_linear"] = read(f"{prefix}.self_attn.linear_attn.weight")
     if not isinstance(block.ffn, NoOp):
         parts["ffn_norm"] = read(f"{prefix}.post_attention_layernorm.weight")
     if isinstance(block.ffn, Mlp):
-        parts["gate_up"] = _stack([read(f"{prefix}.mlp.{x}_proj.weight") for x in ("gate", "up")])
+        parts["gate_up"] = stack([read(f"{prefix}.mlp.{x}_proj.weight") for x in ("gate", "up")])
         parts["down"] = read(f"{prefix}.mlp.down_proj.weight")
     elif isinstance(block.ffn, Linear):
         parts["ffn_linear"] = read(f"{prefix}.mlp.linear_mlp.weight")

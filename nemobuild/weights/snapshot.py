@@ -2,7 +2,8 @@
 
 Three descriptions of the same tensors must agree: the index, the headers of the files, and the shapes that
 ``config.json`` implies. Only headers are read, so this takes milliseconds for a model of any size. Pickled
-weights are refused: to load them is to run the program that they contain.
+weights are refused: to load them is to run the program that they contain. FP8 weights must be asked for, since they
+mean nothing without their scales.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from nemobuild.errors import IntegrityError, NemobuildError, UsageError, from_os_error
 from nemobuild.model.hf_config import MAX_CONFIG_BYTES, load_json, spec_from_config
 from nemobuild.model.spec import ModelSpec
+from nemobuild.weights.quantized import FLOAT8, QUANT_CONFIG, Quantization, read_scheme, scales_of
 from nemobuild.weights.safetensors import TensorInfo, parse_header, raw_header
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
@@ -28,24 +30,28 @@ _COMPLETE = "Fetch the model again, or restore the files named here."
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Source files of one model. ``fingerprint`` changes with any file (config, headers, sizes, times)."""
+    """Source files of one model. ``fingerprint`` changes with any file (configs, headers, sizes, times).
+
+    ``quantization`` tells the scales when the linear layers are FP8.
+    """
 
     path: Path
     spec: ModelSpec
     tensors: dict[str, TensorInfo]
     ignored: tuple[str, ...]
     fingerprint: str
+    quantization: Quantization | None = None
 
     @property
     def weight_bytes(self) -> int:
         return sum(t.nbytes for t in self.tensors.values())
 
 
-def open_snapshot(path: Path) -> Snapshot:
+def open_snapshot(path: Path, *, fp8: bool = False) -> Snapshot:
     """The snapshot in folder ``path``.
 
     ``tensors`` holds exactly the names of ``spec.tensor_shapes()``; tensors that cannot change a result (stored
-    RoPE tables, an ``lm_head`` beside tied embeddings) are listed in ``ignored``.
+    RoPE tables, an ``lm_head`` beside tied embeddings) are listed in ``ignored``. ``fp8`` allows FP8 linear layers.
     Raises ``UsageError`` for a wrong path or an unsupported model, ``IntegrityError`` for incomplete weights.
     """
     path = Path(path)
@@ -56,7 +62,16 @@ def open_snapshot(path: Path) -> Snapshot:
             why="A snapshot is a folder with config.json and safetensors files.",
             next="Give the folder that holds the model.",
         )
-    spec = spec_from_config(load_json(path / "config.json"), source=str(path / "config.json"))
+    config = load_json(path / "config.json")
+    scheme = read_scheme(path, config)
+    if scheme is not None and not fp8:
+        raise UsageError(
+            "quantised-weights",
+            f"The weights in {path} are FP8, as {scheme.source.name} says; unquantised ones are needed here.",
+            next="Take the BF16 form of the model.",
+        )
+    config.pop("quantization_config", None)
+    spec = spec_from_config(config, source=str(path / "config.json"))
     index = _read_index(path)
     files = sorted(set(index.values())) if index is not None else [_single_file(path)]
     _check_files(path, files, indexed=index is not None)
@@ -65,9 +80,14 @@ def open_snapshot(path: Path) -> Snapshot:
     tensors = _merge(by_file)
     if index is not None:
         _check_index(path, index, by_file)
-    ignored = _check_spec(path, spec, tensors)
+    quantization = None if scheme is None else scales_of(scheme, spec, tensors)
+    if quantization is not None:
+        pairs = (scale for pair in quantization.kv_scales.values() for scale in pair)
+        scales = {t.name for t in (*quantization.weight_scales.values(), *quantization.input_scales.values(), *pairs)}
+        tensors = {name: info for name, info in tensors.items() if name not in scales}
+    ignored = _check_spec(path, spec, tensors, fp8=scheme is not None)
     kept = {name: tensors[name] for name in spec.tensor_shapes()}
-    return Snapshot(path, spec, kept, ignored, _fingerprint(path, headers))
+    return Snapshot(path, spec, kept, ignored, _fingerprint(path, headers), quantization)
 
 
 def fingerprint(path: Path, files: Sequence[str]) -> str:
@@ -78,8 +98,10 @@ def fingerprint(path: Path, files: Sequence[str]) -> str:
 def _fingerprint(path: Path, headers: Mapping[str, tuple[bytes, int]]) -> str:
     digest = hashlib.sha256()
     try:
-        with (path / "config.json").open("rb") as stream:
-            digest.update(stream.read(MAX_CONFIG_BYTES))
+        for config in ("config.json", QUANT_CONFIG):
+            if config == "config.json" or (path / config).exists():
+                with (path / config).open("rb") as stream:
+                    digest.update(stream.read(MAX_CONFIG_BYTES))
         for file, (raw, size_bytes) in sorted(headers.items()):
             digest.update(f"\0{file}\0{size_bytes}\0{(path / file).stat().st_mtime_ns}\0".encode())
             digest.update(raw)
@@ -177,14 +199,15 @@ def _check_index(path: Path, index: Mapping[str, str], by_file: Mapping[str, Map
         )
 
 
-def _check_spec(path: Path, spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> tuple[str, ...]:
+def _check_spec(path: Path, spec: ModelSpec, tensors: Mapping[str, TensorInfo], *, fp8: bool) -> tuple[str, ...]:
     """Names that are surplus and harmless. Raises for the gravest problem and counts the others of its kind."""
     expected = spec.tensor_shapes()
     extras = [name for name in tensors if name not in expected]
     ignored = tuple(n for n in extras if n.endswith("rotary_emb.inv_freq") or n == "lm_head.weight")
     missing = [n for n in expected if n not in tensors]
     unexpected = [n for n in extras if n not in ignored]
-    dtypes = [n for n in expected if n in tensors and tensors[n].dtype not in SOURCE_DTYPES]
+    known = (*SOURCE_DTYPES, FLOAT8) if fp8 else SOURCE_DTYPES
+    dtypes = [n for n in expected if n in tensors and tensors[n].dtype not in known]
     shapes = [n for n in expected if n in tensors and tensors[n].shape != expected[n]]
     problems: list[NemobuildError] = []
     differ = "config.json and the weights are of different models, or the model is of a kind that nemobuild lacks."

@@ -1,4 +1,4 @@
-"""A TensorRT-LLM checkpoint folder, read back into whole float32 weights for the CPU runtime and for verification.
+"""A TensorRT-LLM checkpoint folder, read back into whole weights for the CPU runtime and for verification.
 
 Everything comes from the checkpoint's own ``config.json`` and tensors, by rules written down here a second time and
 on purpose: nothing is shared with the converter, so a fault there shows as a refusal or as wrong text. Whatever the
@@ -8,9 +8,11 @@ ranks share (norms, duplicated KV heads) must be equal in all of them. Layout: T
 * rank file = pipeline rank x tp + tensor rank; layer indices start at zero on every pipeline rank;
 * ``qkv`` holds the rank's rows of q, k, v; with more ranks than KV heads, neighbouring ranks hold the same head;
 * ``fc`` is the SiLU branch (the gate of Hugging Face), ``gate`` is the up projection;
-* rows of the vocabulary are padded with zeros to a multiple of tp; an absent ``lm_head`` means tied embeddings.
+* rows of the vocabulary are padded with zeros to a multiple of tp; an absent ``lm_head`` means tied embeddings;
+* with FP8, a linear has E4M3 weights, a scale for them and one for its input, equal on all tensor ranks; attention has
+  one scale for keys and values, or one of each, of which the larger counts.
 
-Headers of all files are checked before the first weight is read; blocks are then loaded one by one.
+Headers of all files and all scales are checked before the first weight is read; blocks are then loaded one by one.
 """
 
 from __future__ import annotations
@@ -27,11 +29,17 @@ from ...model.forward import BlockWeights, EndWeights
 from ...model.spec import Attention, Linear, Mlp, ModelSpec, NoOp
 from ...weights.safetensors import TensorInfo, read_array, read_header
 from .checkpoint_config import CheckpointConfig, read_config
+from .fp8 import Fp8Matrix, decode, fuse
 
 Floats = NDArray[np.float32]
+_Expected = tuple[str, tuple[int, ...], tuple[str, ...]]
 
 _EMBEDDING, _NORM, _HEAD = "transformer.vocab_embedding.weight", "transformer.ln_f.weight", "lm_head.weight"
 _DTYPES = ("BF16", "F16", "F32")
+_FP8_DTYPES = ("F8_E4M3", "I8")  # bytes that call themselves integers are viewed as E4M3, as in TensorRT-LLM
+_WEIGHT_SCALE, _INPUT_SCALE = "weights_scaling_factor", "activation_scaling_factor"
+_KV_SCALE, _K_SCALE, _V_SCALE = (f"{part}_cache_scaling_factor" for part in ("kv", "k", "v"))
+_KV_RECIPROCAL = "kv_cache_rcp_scaling_factor"  # TensorRT-LLM computes it where it is absent
 # Spellings of ModelOpt that TensorRT-LLM renames when it loads DeciLMForCausalLM.
 _ALIASES = {".mlp.": ".ffn.", ".attn_replacing_linear.": ".attention.", ".mlp_replacing_linear.": ".ffn."}
 # Tables that TensorRT-LLM computes itself and may save along.
@@ -40,12 +48,14 @@ _CONSTANTS = ("rotary_inv_freq", "rotary_cos_sin", "embed_positions", "embed_pos
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """An open checkpoint: headers read and checked, weights still on the disk."""
+    """An open checkpoint: headers and scales read and checked, weights still on the disk."""
 
     folder: Path
     spec: ModelSpec
     config: CheckpointConfig
     ranks: tuple[dict[str, TensorInfo], ...]
+    scales: tuple[dict[str, float], ...]
+    """Scales of every pipeline stage by tensor name."""
 
     def ends(self) -> EndWeights:
         """Embedding, final norm and head, float32. One array serves as embedding and head where they are equal."""
@@ -59,31 +69,46 @@ class Checkpoint:
         return EndWeights(embedding, norm, embedding if np.array_equal(head, embedding) else head)
 
     def block(self, index: int) -> BlockWeights:
-        """Weights of block ``index`` (counted over the whole model), float32, sharding undone."""
+        """Weights of block ``index`` (counted over the whole model), sharding undone: float32, or ``Fp8Matrix``."""
         block, (stage, prefix) = self.spec.blocks[index], self._place(index)
         ffn, hidden = f"{prefix}.{self.config.ffn_name}", self.spec.hidden_size
-        parts: dict[str, Floats] = {}
+        parts: dict[str, Floats | Fp8Matrix] = {}
         if not isinstance(block.attention, NoOp):
             parts["attention_norm"] = self._replicated(stage, f"{prefix}.input_layernorm.weight")
         if isinstance(block.attention, Attention):
-            parts["qkv"] = self._qkv(stage, f"{prefix}.attention.qkv.weight", block.attention.kv_heads)
-            parts["o"] = self._whole(stage, f"{prefix}.attention.dense.weight", "columns")
+            qkv = self._qkv(stage, f"{prefix}.attention.qkv.weight", block.attention.kv_heads)
+            parts["qkv"] = self._scaled(stage, f"{prefix}.attention.qkv", qkv)
+            parts["o"] = self._linear(stage, f"{prefix}.attention.dense", "columns")
         elif isinstance(block.attention, Linear):
-            parts["attention_linear"] = self._whole(stage, f"{prefix}.attention.weight", "rows")
+            parts["attention_linear"] = self._linear(stage, f"{prefix}.attention", "rows")
         if not isinstance(block.ffn, NoOp):
             parts["ffn_norm"] = self._replicated(stage, f"{prefix}.post_layernorm.weight")
         if isinstance(block.ffn, Mlp):
             gate_up = np.empty((2 * block.ffn.width, hidden), np.float32)
-            self._whole(stage, f"{ffn}.fc.weight", "rows", gate_up[: block.ffn.width])
-            self._whole(stage, f"{ffn}.gate.weight", "rows", gate_up[block.ffn.width :])
-            parts |= {"gate_up": gate_up, "down": self._whole(stage, f"{ffn}.proj.weight", "columns")}
+            halves = [
+                self._scaled(stage, f"{ffn}.{name}", self._whole(stage, f"{ffn}.{name}.weight", "rows", into))
+                for name, into in (("fc", gate_up[: block.ffn.width]), ("gate", gate_up[block.ffn.width :]))
+            ]
+            parts["gate_up"] = fuse(halves, gate_up)
+            parts["down"] = self._linear(stage, f"{ffn}.proj", "columns")
         elif isinstance(block.ffn, Linear):
-            parts["ffn_linear"] = self._whole(stage, f"{ffn}.weight", "rows")
+            parts["ffn_linear"] = self._linear(stage, ffn, "rows")
         return BlockWeights(**parts)
 
     def blocks(self) -> Iterator[BlockWeights]:
         """All blocks in order, each read when it is asked for."""
         return (self.block(index) for index in range(len(self.spec.blocks)))
+
+    def kv_scale(self, index: int) -> float | None:
+        """Scale of the keys and values of block ``index``; None where they are not FP8, or there are none."""
+        if not self.config.fp8_kv or not isinstance(self.spec.blocks[index].attention, Attention):
+            return None
+        stage, prefix = self._place(index)
+        scales = self.scales[stage]
+        pair = [scales.get(f"{prefix}.attention.{name}") for name in (_K_SCALE, _V_SCALE)]
+        if pair[0] is None or pair[1] is None:
+            return scales[f"{prefix}.attention.{_KV_SCALE}"]
+        return max(pair[0], pair[1])
 
     def _place(self, index: int) -> tuple[int, str]:
         """Pipeline rank and tensor prefix of a block."""
@@ -95,6 +120,16 @@ class Checkpoint:
     def _shards(self, stage: int, name: str) -> list[TensorInfo]:
         tp = self.config.tp
         return [self.ranks[stage * tp + t][name] for t in range(tp)]
+
+    def _linear(self, stage: int, module: str, layout: str) -> Floats | Fp8Matrix:
+        return self._scaled(stage, module, self._whole(stage, f"{module}.weight", layout))
+
+    def _scaled(self, stage: int, module: str, values: Floats) -> Floats | Fp8Matrix:
+        """``values`` with the scales of their module, when it has any."""
+        if not self.config.is_fp8(module):
+            return values
+        scales = self.scales[stage]
+        return Fp8Matrix(values, scales[f"{module}.{_WEIGHT_SCALE}"], scales[f"{module}.{_INPUT_SCALE}"])
 
     def _whole(self, stage: int, name: str, layout: str, into: Floats | None = None) -> Floats:
         """The shards of all tensor ranks side by side (``rows``, ``columns``), or the first one (``copy``)."""
@@ -140,16 +175,22 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:
-    """Read ``config.json`` and the headers of all ranks of ``folder``, and check names, shapes and dtypes.
+    """Read ``config.json``, the headers of all ranks of ``folder`` and its scales; check names, shapes and dtypes.
 
     Raises ``IntegrityError`` for anything missing, damaged, unknown or not supported, ``UsageError`` for a bad path.
     """
     config, spec = read_config(folder)
     ranks = tuple(_read_rank(folder, rank, config) for rank in range(config.tp * config.pp))
     spec = replace(spec, tied_embeddings=_HEAD not in ranks[-1])
-    for rank, tensors in enumerate(ranks):
-        _check_rank(folder, rank, tensors, dict(_expected(spec, config, rank // config.tp)))
-    return Checkpoint(folder, spec, config, ranks)
+    scales: list[dict[str, float]] = []
+    for stage in range(config.pp):
+        expected = {name: (shape, dtypes) for name, shape, dtypes in _expected(spec, config, stage)}
+        tensor_ranks = ranks[stage * config.tp : (stage + 1) * config.tp]
+        for t, tensors in enumerate(tensor_ranks):
+            _check_rank(folder / f"rank{stage * config.tp + t}.safetensors", tensors, expected)
+        names = [name for name in tensor_ranks[0] if name.endswith("_scaling_factor")]
+        scales.append({name: _read_scale([tensors[name] for tensors in tensor_ranks]) for name in names})
+    return Checkpoint(folder, spec, config, ranks, tuple(scales))
 
 
 def _read_rank(folder: Path, rank: int, config: CheckpointConfig) -> dict[str, TensorInfo]:
@@ -176,55 +217,96 @@ def _read_rank(folder: Path, rank: int, config: CheckpointConfig) -> dict[str, T
     return tensors
 
 
-def _expected(spec: ModelSpec, config: CheckpointConfig, stage: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes that every file of a pipeline rank must hold."""
+def _expected(spec: ModelSpec, config: CheckpointConfig, stage: int) -> Iterator[_Expected]:
+    """Names, shapes and dtypes of what every file of a pipeline rank must hold."""
     tp, hidden, padded = config.tp, spec.hidden_size, -(-spec.vocab_size // config.tp)
     if stage == 0:
         vocab = spec.vocab_size
         shapes = {"copy": (vocab, hidden), "rows": (padded, hidden), "columns": (vocab, hidden // tp)}
-        yield _EMBEDDING, shapes[config.embedding_layout]
+        yield _EMBEDDING, shapes[config.embedding_layout], _DTYPES
     for local, index in enumerate(config.stages[stage]):
         block, prefix = spec.blocks[index], f"transformer.layers.{local}"
+        ffn = f"{prefix}.{config.ffn_name}"
         if not isinstance(block.attention, NoOp):
-            yield f"{prefix}.input_layernorm.weight", (hidden,)
+            yield f"{prefix}.input_layernorm.weight", (hidden,), _DTYPES
         if isinstance(block.attention, Attention):
             rows = spec.query_width // tp + 2 * max(1, block.attention.kv_heads // tp) * spec.head_size
-            yield f"{prefix}.attention.qkv.weight", (rows, hidden)
-            yield f"{prefix}.attention.dense.weight", (hidden, spec.query_width // tp)
+            yield from _expected_linear(config, f"{prefix}.attention.qkv", (rows, hidden))
+            yield from _expected_linear(config, f"{prefix}.attention.dense", (hidden, spec.query_width // tp))
+            if config.fp8_kv:
+                yield f"{prefix}.attention.{_KV_SCALE}", (1,), ("F32",)
         elif isinstance(block.attention, Linear):
-            yield f"{prefix}.attention.weight", (hidden // tp, hidden)
+            yield from _expected_linear(config, f"{prefix}.attention", (hidden // tp, hidden))
         if not isinstance(block.ffn, NoOp):
-            yield f"{prefix}.post_layernorm.weight", (hidden,)
+            yield f"{prefix}.post_layernorm.weight", (hidden,), _DTYPES
         if isinstance(block.ffn, Mlp):
-            yield f"{prefix}.{config.ffn_name}.fc.weight", (block.ffn.width // tp, hidden)
-            yield f"{prefix}.{config.ffn_name}.gate.weight", (block.ffn.width // tp, hidden)
-            yield f"{prefix}.{config.ffn_name}.proj.weight", (hidden, block.ffn.width // tp)
+            if config.is_fp8(f"{ffn}.fc") != config.is_fp8(f"{ffn}.gate"):
+                problem = f"excludes one of {ffn}.fc and {ffn}.gate, which are one matrix when the model runs"
+                raise _bad(Path("config.json"), "bad-checkpoint-config", problem)
+            yield from _expected_linear(config, f"{ffn}.fc", (block.ffn.width // tp, hidden))
+            yield from _expected_linear(config, f"{ffn}.gate", (block.ffn.width // tp, hidden))
+            yield from _expected_linear(config, f"{ffn}.proj", (hidden, block.ffn.width // tp))
         elif isinstance(block.ffn, Linear):
-            yield f"{prefix}.{config.ffn_name}.weight", (hidden // tp, hidden)
+            yield from _expected_linear(config, ffn, (hidden // tp, hidden))
     if stage == config.pp - 1:
-        yield _NORM, (hidden,)
+        yield _NORM, (hidden,), _DTYPES
         if not spec.tied_embeddings:
-            yield _HEAD, (padded, hidden)
+            yield _HEAD, (padded, hidden), _DTYPES
 
 
-def _check_rank(folder: Path, rank: int, tensors: dict[str, TensorInfo], expected: dict[str, tuple[int, ...]]) -> None:
-    file = folder / f"rank{rank}.safetensors"
-    if missing := [name for name in expected if name not in tensors]:
+def _expected_linear(config: CheckpointConfig, module: str, shape: tuple[int, int]) -> Iterator[_Expected]:
+    fp8 = config.is_fp8(module)
+    yield f"{module}.weight", shape, _FP8_DTYPES if fp8 else _DTYPES
+    for scale in (_WEIGHT_SCALE, _INPUT_SCALE) if fp8 else ():
+        yield f"{module}.{scale}", (1,), ("F32",)
+
+
+def _check_rank(
+    file: Path, tensors: dict[str, TensorInfo], expected: dict[str, tuple[tuple[int, ...], tuple[str, ...]]]
+) -> None:
+    # Beside a KV scale others may stand, and one of keys and one of values may stand for it.
+    optional = {
+        name.replace(_KV_SCALE, other)
+        for name in expected
+        if name.endswith(_KV_SCALE)
+        for other in (_K_SCALE, _V_SCALE, _KV_RECIPROCAL)
+    }
+    missing = [name for name in expected if name not in tensors]
+    pairs = ({name.replace(_KV_SCALE, other) for other in (_K_SCALE, _V_SCALE)} for name in missing)
+    missing = [
+        n for n, pair in zip(missing, pairs, strict=True) if not (n.endswith(_KV_SCALE) and pair <= set(tensors))
+    ]
+    if missing:
         raise _bad(file, "missing-tensor", f"lacks {_some(missing)}")
-    if surplus := [name for name in tensors if name not in expected]:
+    if surplus := [name for name in tensors if name not in expected and name not in optional]:
         raise _bad(file, "surplus-tensor", f"holds {_some(surplus)}, which the model has no place for")
-    for name, shape in expected.items():
-        info = tensors[name]
+    for name, info in tensors.items():
+        shape, dtypes = expected.get(name, ((1,), ("F32",)))
         if info.shape != shape:
             raise _bad(file, "wrong-shape", f"holds {name!r} with shape {info.shape}, but config.json asks for {shape}")
-        if info.dtype not in _DTYPES:
-            raise _bad(file, "unsupported-dtype", f"holds {name!r} as {info.dtype}, not as {', '.join(_DTYPES)}")
+        if info.dtype not in dtypes:
+            raise _bad(file, "unsupported-dtype", f"holds {name!r} as {info.dtype}, not as {', '.join(dtypes)}")
+
+
+def _read_scale(shards: list[TensorInfo]) -> float:
+    """A scale, which must be the same on all tensor ranks: there is one for the whole tensor."""
+    values = [read_array(shard) for shard in shards]
+    for shard, value in zip(shards, values, strict=True):
+        if not np.isfinite(value[0]) or value[0] <= 0:
+            raise _bad(shard.file, "bad-scale", f"holds the scale {float(value[0])!r} as {shard.name!r}", "above zero")
+        _require_equal(values[0], value, shards[0], shard, "the scale of the same tensor")
+    return float(values[0][0])
 
 
 def _read(info: TensorInfo) -> Floats:
-    # The place where FP8 weights will be multiplied by their scales.
-    array: Floats = read_array(info).astype(np.float32, copy=False)
-    return array
+    """The tensor in float32; E4M3 values are not multiplied by their scale."""
+    if info.dtype not in _FP8_DTYPES:
+        array: Floats = read_array(info).astype(np.float32, copy=False)
+        return array
+    values = decode(read_array(info))
+    if np.isnan(values).any():
+        raise _bad(info.file, "nan-weight", f"holds NaN in {info.name!r}", "a number everywhere")
+    return values
 
 
 def _require_equal(a: Floats, b: Floats, first: TensorInfo, other: TensorInfo, what: str) -> None:

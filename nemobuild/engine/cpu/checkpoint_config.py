@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ _REQUIRED: dict[str, tuple[object, ...]] = {
     remove_duplicated_kv_heads block_configs""".split(),
     (False, None),
 )
+_QUANTIZATION_INERT = frozenset(("group_size", "smoothquant_val", "mamba_ssm_cache_dtype"))
+_QUANTIZATION_FALSE = ("clamp_val", "use_meta_recipe", "has_zero_point", "pre_quant_scale")
+# What TensorRT-LLM excludes when the list is absent or empty; a list of one's own replaces it.
+_EXCLUDED = tuple(
+    """*lm_head *router *vocab_embedding *position_embedding *block_embedding *shared_expert_gate *fused_a""".split()
+)
 _MAPPING_INERT = frozenset(
     """gpus_per_node moe_tp_size moe_cluster_size moe_ep_size attn_tp_size attn_cp_size auto_parallel cp_config
     enable_attention_dp enable_lm_head_tp_in_adp rank""".split()
@@ -63,6 +70,14 @@ class CheckpointConfig:
     ffn_name: str
     embedding_layout: str
     """``copy`` on every tensor rank, padded ``rows``, or ``columns``."""
+    fp8: bool = False
+    """Linears have E4M3 weights and static scales, but for those that ``excluded`` names."""
+    fp8_kv: bool = False
+    excluded: tuple[str, ...] = ()
+
+    def is_fp8(self, module: str) -> bool:
+        """Whether the linear of this name (``transformer.layers.0.attention.qkv``) is quantised."""
+        return self.fp8 and not any(fnmatchcase(module, pattern) for pattern in self.excluded)
 
 
 def read_config(folder: Path) -> tuple[CheckpointConfig, ModelSpec]:
@@ -101,7 +116,7 @@ class _Reader:
             default = {"hidden_act": "gelu", "position_embedding_type": default_positions}.get(key, allowed[0])
             if (value := self.config.get(key, default)) not in allowed:
                 raise self.bad(key, f"{value!r} is not supported by the CPU runtime, only {allowed[0]!r}")
-        self.refuse_quantized()
+        quantization = self.quantization()
         hidden, heads = self.positive("hidden_size"), self.positive("num_attention_heads")
         head_size = self.positive("head_size", hidden // heads)
         rotary = self.config.get("rotary_embedding_dim")
@@ -120,13 +135,32 @@ class _Reader:
             max_context_tokens=self.positive("max_position_embeddings"),
             dtype=str(self.config.get("dtype")),
         )
-        return self.spread(spec, ffn_name), spec
+        return self.spread(spec, ffn_name, quantization), spec
 
-    def refuse_quantized(self) -> None:
-        quantization = self.part(self.config, "quantization", {})
+    def quantization(self) -> tuple[bool, bool, tuple[str, ...]]:
+        """Whether linears and the KV cache are FP8, and the patterns of the linears that are not."""
+        part = self.part(self.config, "quantization", {})
+        known = {"quant_algo", "kv_cache_quant_algo", "exclude_modules", *_QUANTIZATION_FALSE, *_QUANTIZATION_INERT}
+        self.refuse_unknown(part, known, "quantization")
+        for key in _QUANTIZATION_FALSE:
+            if part.get(key):
+                raise self.bad(f"quantization.{key}", f"{part[key]!r} is not supported by the CPU runtime")
+        fp8 = []
         for key in ("quant_algo", "kv_cache_quant_algo"):
-            if (value := quantization.get(key)) not in (None, "NO_QUANT"):
-                raise self.bad(f"quantization.{key}", f"{value!r} is not supported by the CPU runtime yet, only null")
+            if (value := part.get(key)) not in (None, "NO_QUANT", "FP8"):
+                raise self.bad(
+                    f"quantization.{key}", f"{value!r} is not supported by the CPU runtime, only FP8 or null"
+                )
+            fp8.append(value == "FP8")
+        excluded = part.get("exclude_modules") or list(_EXCLUDED)
+        if not isinstance(excluded, list) or not all(isinstance(pattern, str) for pattern in excluded):
+            raise self.bad("quantization.exclude_modules", "a list of names is needed")
+        if fp8[0] and not any(fnmatchcase("lm_head", pattern) for pattern in excluded):
+            problem = (
+                "lm_head is not in it; a list of one's own replaces the default, and the CPU runtime has no FP8 head"
+            )
+            raise self.bad("quantization.exclude_modules", problem)
+        return fp8[0], fp8[1], tuple(excluded)
 
     def blocks(self, hidden: int, heads: int, *, nas: bool) -> tuple[Block, ...]:
         layers = self.positive("num_hidden_layers")
@@ -188,7 +222,9 @@ class _Reader:
         original = int(values.pop("original_max_position_embeddings"))
         return Rope(theta, Llama3Scaling(**values, original_max_position_embeddings=original))
 
-    def spread(self, spec: ModelSpec, ffn_name: str) -> CheckpointConfig:
+    def spread(
+        self, spec: ModelSpec, ffn_name: str, quantization: tuple[bool, bool, tuple[str, ...]]
+    ) -> CheckpointConfig:
         mapping = self.part(self.config, "mapping", {})
         self.refuse_unknown(mapping, _MAPPING_INERT | {"world_size", "tp_size", "pp_size", "cp_size"}, "mapping")
         tp, pp, cp, world = (mapping.get(key, 1) for key in ("tp_size", "pp_size", "cp_size", "world_size"))
@@ -208,7 +244,7 @@ class _Reader:
         if self.config.get("use_parallel_embedding") and tp > 1:
             layout = "columns" if self.config.get("embedding_sharding_dim") == 1 else "rows"
         stages = tuple(range(starts[stage], starts[stage + 1]) for stage in range(pp))
-        return CheckpointConfig(tp, pp, stages, ffn_name, layout)
+        return CheckpointConfig(tp, pp, stages, ffn_name, layout, *quantization)
 
     def split_sizes(self, spec: ModelSpec) -> Iterable[int]:
         """Sizes that tensor parallelism must divide."""

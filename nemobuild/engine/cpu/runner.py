@@ -1,26 +1,27 @@
 """Weights and KV cache of one checkpoint in memory, and the pass over a packed batch.
 
-NumPy multiplies no BF16, so weights are held as float32, each read straight into the form it is used in. The cache is
-one pool of rows per block, reserved whole at the start. A sequence owns one unbroken range of rows, taken for its
-prompt and all its new tokens when it is admitted: attention then works on plain slices, nothing is ever evicted, and a
-sequence that was admitted can always finish.
+NumPy multiplies neither BF16 nor FP8, so weights are held as float32, each read straight into the form it is used in
+(``fp8`` says how FP8 checkpoints keep the arithmetic of FP8). The cache is one pool of rows per block, reserved whole
+at the start. A sequence owns one unbroken range of rows, taken for its prompt and all its new tokens when it is
+admitted: attention then works on plain slices, nothing is ever evicted, and a sequence that was admitted can always
+finish.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import DoesNotFit
 from ...model import forward
-from ...model.forward import BlockWeights, EndWeights, Segment
+from ...model.forward import BlockWeights, EndWeights, KvCache, Segment
 from ...model.spec import ModelSpec
-from . import panels
+from . import fp8, panels
 from .checkpoint import Checkpoint
 
 Layout = Literal["auto", "panels", "plain"]
@@ -38,16 +39,14 @@ class Runner:
         self.uses_panels = panels.panels_pay() if layout == "auto" else layout == "panels"
         self.blocks = [self._block(checkpoint.block(index)) for index in range(len(self.spec.blocks))]
         self.ends = self._ends(checkpoint.ends())
-        self.caches = [
-            forward.new_cache(self.spec, block, kv_cache_tokens, self.ends.norm) for block in self.spec.blocks
-        ]
+        self.caches = [self._cache(checkpoint, index, kv_cache_tokens) for index in range(len(self.spec.blocks))]
 
     def step(self, segments: Sequence[Segment], token_ids: Sequence[int], wanted: Sequence[int]) -> NDArray[np.float32]:
         """Run the packed tokens of ``segments``; logits (len(wanted), vocab) after the packed tokens ``wanted``."""
         hidden = forward.embed(self.ends, np.asarray(token_ids, np.int64))
         step = forward.make_step(self.spec, segments, hidden)
         for block, weights, cache in zip(self.spec.blocks, self.blocks, self.caches, strict=True):
-            hidden = forward.run_block(self.spec, block, weights, hidden, step, cache, panels.linear)
+            hidden = forward.run_block(self.spec, block, weights, hidden, step, cache, fp8.linear)
         if not len(wanted):  # only pieces of prompts: the head is the largest matrix
             return np.empty((0, self.spec.vocab_size), np.float32)
         logits: NDArray[np.float32] = forward.head(
@@ -58,9 +57,15 @@ class Runner:
     def _block(self, weights: BlockWeights) -> BlockWeights:
         if not self.uses_panels:
             return weights
-        parts = {field.name: getattr(weights, field.name) for field in fields(BlockWeights)}
-        return BlockWeights(
-            **{n: panels.to_panels(w) if n in _MATRICES and w is not None else w for n, w in parts.items()}
+        parts = {name: getattr(weights, name) for name in _MATRICES}
+        return replace(weights, **{name: _in_panels(part) for name, part in parts.items() if part is not None})
+
+    def _cache(self, checkpoint: Checkpoint, index: int, rows: int) -> KvCache | None:
+        block, scale = self.spec.blocks[index], checkpoint.kv_scale(index)
+        return (
+            forward.new_cache(self.spec, block, rows, self.ends.norm)
+            if scale is None
+            else fp8.new_cache(self.spec, block, rows, scale)
         )
 
     def _ends(self, ends: EndWeights) -> EndWeights:
@@ -68,6 +73,13 @@ class Runner:
             return ends
         head = panels.to_panels(ends.head)
         return EndWeights(head if ends.embedding is ends.head else ends.embedding, ends.norm, head)
+
+
+def _in_panels(weight: Any) -> Any:
+    if isinstance(weight, fp8.Fp8Matrix):
+        assert not isinstance(weight.values, panels.Panels)
+        return replace(weight, values=panels.to_panels(weight.values))
+    return panels.to_panels(weight)
 
 
 class RowPool:
