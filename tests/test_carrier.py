@@ -40,7 +40,8 @@ import triton_python_backend_utils as pb
 class TritonPythonModel:
     def execute(self, requests):
         libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libpython" in line}
-        about = {"version": list(sys.version_info[:3]), "numpy": np.__version__, "numpy_file": np.__file__, "jinja2": jinja2.__file__,
+        about = {"version": list(sys.version_info[:3]), "jinja2": jinja2.__file__,
+                 "numpy": np.__version__, "numpy_file": np.__file__,
                  "stdlib": sysconfig.get_path("stdlib"), "libpython": sorted(libraries)}
         about = pb.Tensor("ABOUT", np.array([json.dumps(about).encode()], dtype=object))
         return [

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -327,3 +331,36 @@ def test_threads_do_not_pile_up(server):
     for _ in range(5):
         ask(server, text_input="L", max_tokens=2)
     assert threading.active_count() <= before + 2
+
+
+def chat(server, *arguments: str, **more) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemobuild", "chat", "--url", server.grpc_url, *arguments]
+    return subprocess.run(command, text=True, check=False, stderr=subprocess.PIPE, **more)
+
+
+def test_the_chat_command_as_a_pipe_and_as_json(server):
+    piped = chat(server, input="Hi\n", stdout=subprocess.PIPE)
+    assert piped.stdout == ANSWER + "\n" and piped.returncode == 0
+    answer = json.loads(chat(server, "Hi", "--json", stdout=subprocess.PIPE).stdout)
+    assert (answer["text_output"], answer["reasoning_output"]) == (ANSWER, REASONING)
+    off = chat(server, "Hi", "--reasoning", "off", "--stop", " STOP", stdout=subprocess.PIPE)
+    assert off.stdout == OFF_ANSWER[: OFF_ANSWER.index(" STOP")] + "\n"
+    refused = chat(server, "Hi", "--reasoning", "loud", "--json", stdout=subprocess.PIPE)
+    assert refused.returncode == 2 and "reasoning_mode" in json.loads(refused.stderr)["error"]["why"]
+
+
+def test_a_terminal_shows_reasoning_dimmed_and_apart(server):
+    ours, theirs = os.openpty()
+    assert chat(server, "Hi", stdout=theirs).returncode == 0
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:
+            break
+    text = shown.decode().replace("\r\n", "\n")
+    reasoning = "".join(re.findall("\x1b\\[2m(.*?)\x1b\\[0m", text, flags=re.DOTALL))
+    assert reasoning == REASONING
+    assert re.sub("\x1b\\[2m.*?\x1b\\[0m", "", text, flags=re.DOTALL) == "\n\n" + ANSWER + "\n"
+    os.close(ours)

@@ -207,7 +207,7 @@ def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, package
 def _patched(stub: Path, version: str) -> bytes:
     """The stub, its item-size reads moved where ``_STUB_PATCHES`` says so; the wheel's digest fixed what is there."""
     code = bytearray(stub.read_bytes())
-    for offset, before, after in _STUB_PATCHES.get(version + "x", ()):
+    for offset, before, after in _STUB_PATCHES.get(version, ()):
         if code[offset : offset + len(before)] != before:
             raise IntegrityError("bad-stub", f"{stub} is not the one in {REQUIREMENT}.", next=f"Remove {stub}.")
         code[offset : offset + len(after)] = after
