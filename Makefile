@@ -23,7 +23,7 @@ quality: $(VENV)/.dev ## Check format, lint, types, import rules and generated f
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate.py --check
 
 format: $(VENV)/.dev ## Format the code and fix what can be fixed

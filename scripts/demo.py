@@ -35,6 +35,7 @@ def serve() -> subprocess.Popen[str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     begin = time.monotonic()
     for stage in ("checkpoint", "repository"):
         shutil.rmtree(Path("build") / PROFILE / stage, ignore_errors=True)

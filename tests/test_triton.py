@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import json
 import os
+import queue
 import re
 import shutil
 import socket
@@ -16,6 +17,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemobuild.config import EngineConfig
@@ -29,6 +31,7 @@ from tests import templates
 from tests.scripted import CLOSED, write_scripted
 
 pytestmark = pytest.mark.xdist_group("triton")
+FREE = (0, 0, 0)
 
 REASONING = "\nशायद … ลองคิดดู <TOOLCALL> is only quoted 🤔\n"
 ANSWER = "\n\nสวัสดีครับ, नमस्ते! Grüße 👩‍👩‍👧‍👦🏳️‍🌈 fertig."
@@ -73,7 +76,7 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository, tmp_path_factory):
-    endpoint = choose_endpoint()
+    endpoint = choose_endpoint(ports=FREE)
     with running(repository, endpoint, tmp_path_factory.mktemp("log") / "triton.log", ready_timeout_s=120):
         yield endpoint
 
@@ -224,6 +227,40 @@ def test_a_bad_request_is_refused_by_name_and_the_server_goes_on(server, fields,
     assert ask(server, messages=MESSAGES, reasoning_mode="off")[0] == OFF_ANSWER
 
 
+def test_a_client_that_asks_for_some_outputs_only(server):
+    from tritonclient import grpc
+
+    client = grpc.InferenceServerClient(server.grpc_url)
+    text = grpc.InferInput("messages", [1, 1], "BYTES")
+    text.set_data_from_numpy(np.array([[MESSAGES.encode()]], dtype=np.object_))
+    wanted = [grpc.InferRequestedOutput("text_output")]
+    for _ in range(3):
+        answer = client.infer("ensemble", [text], outputs=wanted)
+        assert answer.as_numpy("text_output").item().decode() == ANSWER and answer.as_numpy("finish_reason") is None
+        arrived = queue.Queue()
+        client.start_stream(callback=lambda result, error, to=arrived: to.put((result, error)))
+        client.async_stream_infer("chat", [text], outputs=wanted, enable_empty_final_response=True)
+        pieces, final = [], False
+        while not final:
+            result, error = arrived.get(timeout=60)
+            assert error is None
+            final = result.get_response().parameters["triton_final_response"].bool_param
+            names = [output.name for output in result.get_response().outputs]
+            assert names in (["text_output"], [])
+            pieces += [result.as_numpy("text_output").item().decode()] if names else []
+        client.stop_stream()
+        assert "".join(pieces) == ANSWER
+    client.close()
+
+
+def test_a_very_large_body_is_refused_and_the_server_goes_on(server):
+    for path in ("ensemble/generate", "chat/generate_stream"):
+        for size in (4 << 20, 9 << 20):
+            status, (answer,) = post(server, path, text_input="A" * size)
+            assert 400 <= status < 600 and "text_input" in answer["error"]
+    assert ask(server, messages=MESSAGES, reasoning_mode="off")[0] == OFF_ANSWER
+
+
 def test_an_unknown_field_is_refused(server):
     for path in ("ensemble/generate", "chat/generate"):
         status, (answer,) = post(server, path, text_input="L", colour="red")
@@ -231,7 +268,6 @@ def test_an_unknown_field_is_refused(server):
 
 
 def test_text_that_is_not_utf8_is_refused(server):
-    import numpy as np
     from tritonclient import grpc
     from tritonclient.utils import InferenceServerException
 
@@ -300,7 +336,7 @@ def test_an_older_client_that_sends_engine_era_fields(server):
 
 
 def test_the_server_stops_with_all_its_children(repository, tmp_path):
-    endpoint = choose_endpoint()
+    endpoint = choose_endpoint(ports=FREE)
     with running(repository, endpoint, tmp_path / "log", ready_timeout_s=120) as process:
         group = process.pid
         assert len(_group(group)) >= 6  # Triton and its stubs

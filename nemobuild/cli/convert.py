@@ -40,7 +40,6 @@ def convert(
         raise UsageError(
             "no-target", "A folder for the checkpoint is needed.", next=f"nemobuild convert {source} -o FOLDER"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
     snapshot = open_snapshot(source_folder(source))
     plan = executor.prepare(snapshot, tp=tp or 1, pp=pp or 1, workers=workers)
     if not json:
@@ -48,7 +47,7 @@ def convert(
             f"{format_bytes(plan.source_bytes)} to read, {format_bytes(plan.target_bytes)} to write, "
             f"peak memory below {format_bytes(plan.peak_memory_bytes)}"
         )
-    with output.byte_progress("convert", quiet=json) as show:
+    with output.resumable(target), output.byte_progress("convert", quiet=json) as show:
         report = executor.convert(
             snapshot,
             target,

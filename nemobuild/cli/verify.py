@@ -58,5 +58,11 @@ def verify(
 def _token_ids(source: Path, prompts: list[str]) -> list[list[int]]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    from nemobuild.errors import IntegrityError
+
+    file = source / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare exceptions
+        raise IntegrityError("bad-tokenizer", f"{file} cannot be read.", why=f"{error}.") from error
     return [tokenizer.encode(text).ids for text in prompts]
