@@ -85,7 +85,10 @@ class ClientWatch:
                 del self._calls[request_id]
 
     def close(self):
+        """Before the interpreter ends: afterwards Triton's memory is gone, and with it what these would touch."""
         self._closed.set()
+        self._thread.join()
+        _FINISHED.clear()
 
     def _run(self):
         while not self._closed.wait(self._period_s):

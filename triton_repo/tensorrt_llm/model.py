@@ -43,7 +43,8 @@ class TritonPythonModel:
         self.engine = Engine(Path(__file__).resolve().parent / "checkpoint", **limits)
         self.running = set()
         self.closed = threading.Event()
-        threading.Thread(target=self._watch_clients, name="client-watch", daemon=True).start()
+        self.watch = threading.Thread(target=self._watch_clients, name="client-watch", daemon=True)
+        self.watch.start()
 
     def execute(self, requests):
         for request in requests:
@@ -57,6 +58,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self.closed.set()
+        self.watch.join()
         self.engine.close()
 
     def _start(self, request, sender):
