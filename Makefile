@@ -17,13 +17,13 @@ test: $(VENV)/.dev ## Run the tests (no GPU; the package registry is the only ne
 	$(BIN)/python -m pytest -n auto
 
 test-peers: $(PEERS)/.peers ## Run the comparisons with PyTorch and transformers
-	$(PEERS)/bin/python -m pytest tests/peers
+	$(PEERS)/bin/python -m pytest tests/peers tests/test_forward.py tests/test_calibrate.py
 
 quality: $(VENV)/.dev ## Check format, lint, types, import rules and generated files
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports --no-logo 2>/dev/null || $(BIN)/lint-imports
+	$(BIN)/lint-imports
 	$(BIN)/python scripts/generate.py --check
 
 format: $(VENV)/.dev ## Format the code and fix what can be fixed
@@ -35,6 +35,7 @@ generate: $(VENV)/.dev ## Write the generated files again
 
 bench: $(VENV)/.dev ## Run the benchmarks and write their results beside them
 	$(BIN)/python benchmarks/convert_bf16.py
+	$(BIN)/python benchmarks/convert_fp8.py
 	$(BIN)/python benchmarks/cpu_runtime.py
 	$(BIN)/python benchmarks/cli_start.py
 

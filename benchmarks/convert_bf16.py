@@ -69,8 +69,9 @@ def main() -> None:
             shutil.rmtree(folder)
     result = {
         "command": f"python benchmarks/convert_bf16.py --rounds {options.rounds} --settle {options.settle:g}",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
-        | {"load_average_before": round(load_before, 2)},
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "load_average_before": round(load_before, 2),
         "models": models,
     }
     options.results.mkdir(parents=True, exist_ok=True)
@@ -173,12 +174,11 @@ def _make_model(folder: Path, blocks: int) -> None:
 
 
 def _table(result: dict[str, Any]) -> str:
-    machine = result["machine"]
     lines = [
         "# BF16 conversion against cp",
         "",
-        f"`{result['command']}`; {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}; "
-        f"medians; load average before: {machine.get('load_average_before', 'not recorded, other work was running')}.",
+        f"`{result['command']}`; {result['cpus']} CPUs, Python {result['python']}; medians; "
+        f"load average before: {result['load_average_before']}.",
         "",
         f"| model | {' | '.join(CONTENDERS)} | {' | '.join(RATIOS)} | peak memory (stated) |",
         "|---|" + "---|" * (len(CONTENDERS) + len(RATIOS) + 1),

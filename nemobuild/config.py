@@ -169,7 +169,7 @@ def read_yaml(path: Path) -> Any:
         raise UsageError("profile-too-large", f"{path} is larger than {MAX_PROFILE_BYTES} bytes.")
     try:
         return yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UsageError("bad-yaml", f"{path} is not valid YAML.", why=f"{error}.") from error
 
 
@@ -181,7 +181,8 @@ def _explain(error: ValidationError, path: Path) -> UsageError:
     if first["type"] == "extra_forbidden":
         why = f"This key is unknown. {nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
     elif first["type"] != "missing":
-        why = f"It is {first['input']!r}. {why}"
+        value = first["input"]  # shown only when it is short: an alias bomb is not
+        why = f"It is {value!r}. {why}" if isinstance(value, (bool, int, float, str)) and len(str(value)) < 200 else why
     return UsageError("bad-profile", f"{where} in {path} is wrong.", why=why, next="Correct it and try again.")
 
 

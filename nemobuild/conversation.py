@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemobuild.errors import from_os_error
+from nemobuild.model.hf_config import read_text
 from nemobuild.triton.client import stream
 
 
@@ -26,10 +26,7 @@ class Conversation:
         self._url, self._timeout_s = url, timeout_s
         self._fields = {name: value for name, value in fields.items() if value is not None and value != []}
         if tools is not None:
-            try:
-                self._fields["tools"] = tools.read_text(encoding="utf-8")
-            except OSError as error:
-                raise from_os_error(error, tools, "reading") from error
+            self._fields["tools"] = read_text(tools)
         self._messages = [{"role": "system", "content": system}] if system else []
         self.last: dict[str, Any] = {}
 

@@ -7,7 +7,7 @@ import json
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -44,10 +44,12 @@ def serve_until_stopped(
 
 def present_endpoint() -> str:
     """gRPC address of the server that ``serve`` started last and that still runs, else the usual port."""
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        state = json.loads(_state_file().read_text())
-        os.kill(int(state["pid"]), 0)
-        return f"{state['host']}:{state['grpc_port']}"
+    files = sorted(_state_folder().glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in files:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            os.kill(int(file.stem), 0)  # raises when that process is gone
+            state = json.loads(file.read_text())
+            return f"{state['host']}:{state['grpc_port']}"
     return f"127.0.0.1:{DEFAULT_PORTS[1]}"
 
 
@@ -57,11 +59,11 @@ def _leave_if(stop: threading.Event) -> None:
 
 
 @contextlib.contextmanager
-def _remembered(endpoint: Endpoint):  # type: ignore[no-untyped-def]
-    file = _state_file()
+def _remembered(endpoint: Endpoint) -> Iterator[None]:
+    file = _state_folder() / f"{os.getpid()}.json"
     with contextlib.suppress(OSError):  # a convenience only
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(asdict(endpoint) | {"pid": os.getpid()}))
+        file.write_text(json.dumps(asdict(endpoint)))
     try:
         yield
     finally:
@@ -69,6 +71,7 @@ def _remembered(endpoint: Endpoint):  # type: ignore[no-untyped-def]
             file.unlink()
 
 
-def _state_file() -> Path:
+def _state_folder() -> Path:
+    """One file per running server, named by its process id."""
     base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    return Path(base) / "nemobuild" / "endpoint.json"
+    return Path(base) / "nemobuild" / "serving"

@@ -27,12 +27,15 @@ def fetch_source(
     if is_profile(source):
         model = load_profile(source).model
         name, revision = model.source, revision or model.revision
-        target = target or place(source, "snapshot")
+        if not Path(name).is_dir():
+            target = target or place(source, "snapshot")
     if name in _PACKAGED:
         from nemobuild.demo import write_smollm2
 
         return write_smollm2(_needed(target, source), form="llama" if _PACKAGED[name] == "llama" else "nas")
     if Path(name).is_dir():
+        if target is not None or revision is not None:
+            raise UsageError("local-source", f"{name} is a folder here: there is nothing to fetch.")
         return Path(name)
     from nemobuild.weights import hub
 

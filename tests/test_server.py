@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
+import http.server
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from nemobuild.triton.client import stream
 from nemobuild.triton.server import choose_endpoint, log_failure, running
 
 pytestmark = pytest.mark.xdist_group("triton")
+FREE = (0, 0, 0)
 
 
 def test_a_port_in_use_is_refused_by_number():
@@ -39,6 +43,23 @@ def test_default_ports_give_way_to_free_ones():
         assert 8001 not in ports and len(ports) == 3
 
 
+def test_ports_must_differ():
+    with pytest.raises(UsageError, match="9000"):
+        choose_endpoint(ports=(9000, 9000, None))
+
+
+def test_chat_finds_the_newest_server_that_runs(tmp_path):
+    from nemobuild.serving import _remembered, present_endpoint
+    from nemobuild.triton.server import Endpoint
+
+    assert present_endpoint() == "127.0.0.1:8001"
+    state = tmp_path / "state" / "nemobuild" / "serving"
+    with _remembered(Endpoint("127.0.0.1", 1, 2, 3)):
+        (state / "4194305.json").write_text('{"host": "127.0.0.1", "grpc_port": 9}')  # no process has this number
+        assert present_endpoint() == "127.0.0.1:2"
+    assert present_endpoint() == "127.0.0.1:8001"
+
+
 def test_a_host_that_is_not_ours_is_refused():
     with pytest.raises(UsageError, match=r"192\.0\.2\.1"):
         choose_endpoint("192.0.2.1")
@@ -47,7 +68,7 @@ def test_a_host_that_is_not_ours_is_refused():
 def test_what_is_not_a_repository_is_refused(tmp_path):
     with (
         pytest.raises(UsageError, match="not a model repository"),
-        running(tmp_path, choose_endpoint(), tmp_path / "log"),
+        running(tmp_path, choose_endpoint(ports=FREE), tmp_path / "log"),
     ):
         pass
 
@@ -70,7 +91,7 @@ def test_a_model_that_cannot_load_is_named_with_its_reason(tmp_path):
     write_model(tmp_path / "repository", "raise RuntimeError('the weights are from another planet')")
     with (
         pytest.raises(ChildFailed, match=r"chat.*the weights are from another planet") as failed,
-        running(tmp_path / "repository", choose_endpoint(), tmp_path / "log", ready_timeout_s=60),
+        running(tmp_path / "repository", choose_endpoint(ports=FREE), tmp_path / "log", ready_timeout_s=60),
     ):
         pass
     assert failed.value.exit_status == 8 and str(tmp_path / "log") in failed.value.next
@@ -88,9 +109,23 @@ def test_ready_means_a_token_not_a_port(tmp_path):
     )
     with (
         pytest.raises(ChildFailed, match=r"did not generate a token.*no engine"),
-        running(tmp_path / "repository", choose_endpoint(), tmp_path / "log", ready_timeout_s=60),
+        running(tmp_path / "repository", choose_endpoint(ports=FREE), tmp_path / "log", ready_timeout_s=60),
     ):
         pass
+
+
+def test_another_server_on_the_same_port_is_not_taken_for_ours(tmp_path):
+    write_model(tmp_path / "repository", "raise RuntimeError('broken')")
+    other = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+    threading.Thread(target=other.serve_forever, daemon=True).start()
+    endpoint = dataclasses.replace(choose_endpoint(ports=FREE), http_port=other.server_address[1])
+    with (
+        pytest.raises(ChildFailed, match="broken"),
+        running(tmp_path / "repository", endpoint, tmp_path / "log", ready_timeout_s=60),
+    ):
+        pass
+    other.shutdown()
+    other.server_close()
 
 
 def test_a_server_that_is_not_there():

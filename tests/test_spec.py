@@ -80,6 +80,10 @@ def block(**attention_or_ffn):
     return config
 
 
+def rope(**changes):
+    return tiny_config(rope_scaling=tiny_config()["rope_scaling"] | changes)
+
+
 @pytest.mark.parametrize(
     ("config", "field"),
     [
@@ -94,8 +98,14 @@ def block(**attention_or_ffn):
         (tiny_config(hidden_act="gelu"), "hidden_act"),
         (tiny_config(attention_bias=True), "attention_bias"),
         (tiny_config(rope_scaling={"rope_type": "yarn"}), "rope_scaling.rope_type"),
-        (tiny_config(rope_scaling={"rope_type": "llama3"}), "rope_scaling"),
+        (tiny_config(rope_scaling={"rope_type": "llama3"}), "rope_scaling.factor"),
         (tiny_config(rope_theta=-1.0), "rope_theta"),
+        (rope(factor=0), "rope_scaling.factor"),
+        (rope(factor=float("nan")), "rope_scaling.factor"),
+        (rope(low_freq_factor=4.0), "rope_scaling.high_freq_factor"),
+        (rope(attention_factor=1.0), "rope_scaling.attention_factor"),
+        (tiny_config(tie_word_embeddings="false"), "tie_word_embeddings"),
+        (llama_config(num_hidden_layers=100_000_000), "num_hidden_layers"),
         (tiny_config(quantization_config={"quant_method": "awq"}), "quantization_config"),
         (tiny_config(num_experts=8), "num_experts"),
         (tiny_config(eos_token_id=265), "eos_token_id"),

@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
+import os
+import queue
+import re
 import shutil
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
 import urllib.request
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nemobuild.config import EngineConfig
@@ -25,6 +31,7 @@ from tests import templates
 from tests.scripted import CLOSED, write_scripted
 
 pytestmark = pytest.mark.xdist_group("triton")
+FREE = (0, 0, 0)
 
 REASONING = "\nशायद … ลองคิดดู <TOOLCALL> is only quoted 🤔\n"
 ANSWER = "\n\nสวัสดีครับ, नमस्ते! Grüße 👩‍👩‍👧‍👦🏳️‍🌈 fertig."
@@ -69,7 +76,7 @@ def repository(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(repository, tmp_path_factory):
-    endpoint = choose_endpoint()
+    endpoint = choose_endpoint(ports=FREE)
     with running(repository, endpoint, tmp_path_factory.mktemp("log") / "triton.log", ready_timeout_s=120):
         yield endpoint
 
@@ -220,6 +227,40 @@ def test_a_bad_request_is_refused_by_name_and_the_server_goes_on(server, fields,
     assert ask(server, messages=MESSAGES, reasoning_mode="off")[0] == OFF_ANSWER
 
 
+def test_a_client_that_asks_for_some_outputs_only(server):
+    from tritonclient import grpc
+
+    client = grpc.InferenceServerClient(server.grpc_url)
+    text = grpc.InferInput("messages", [1, 1], "BYTES")
+    text.set_data_from_numpy(np.array([[MESSAGES.encode()]], dtype=np.object_))
+    wanted = [grpc.InferRequestedOutput("text_output")]
+    for _ in range(3):
+        answer = client.infer("ensemble", [text], outputs=wanted)
+        assert answer.as_numpy("text_output").item().decode() == ANSWER and answer.as_numpy("finish_reason") is None
+        arrived = queue.Queue()
+        client.start_stream(callback=lambda result, error, to=arrived: to.put((result, error)))
+        client.async_stream_infer("chat", [text], outputs=wanted, enable_empty_final_response=True)
+        pieces, final = [], False
+        while not final:
+            result, error = arrived.get(timeout=60)
+            assert error is None
+            final = result.get_response().parameters["triton_final_response"].bool_param
+            names = [output.name for output in result.get_response().outputs]
+            assert names in (["text_output"], [])
+            pieces += [result.as_numpy("text_output").item().decode()] if names else []
+        client.stop_stream()
+        assert "".join(pieces) == ANSWER
+    client.close()
+
+
+def test_a_very_large_body_is_refused_and_the_server_goes_on(server):
+    for path in ("ensemble/generate", "chat/generate_stream"):
+        for size in (4 << 20, 9 << 20):
+            status, (answer,) = post(server, path, text_input="A" * size)
+            assert 400 <= status < 600 and "text_input" in answer["error"]
+    assert ask(server, messages=MESSAGES, reasoning_mode="off")[0] == OFF_ANSWER
+
+
 def test_an_unknown_field_is_refused(server):
     for path in ("ensemble/generate", "chat/generate"):
         status, (answer,) = post(server, path, text_input="L", colour="red")
@@ -227,7 +268,6 @@ def test_an_unknown_field_is_refused(server):
 
 
 def test_text_that_is_not_utf8_is_refused(server):
-    import numpy as np
     from tritonclient import grpc
     from tritonclient.utils import InferenceServerException
 
@@ -296,7 +336,7 @@ def test_an_older_client_that_sends_engine_era_fields(server):
 
 
 def test_the_server_stops_with_all_its_children(repository, tmp_path):
-    endpoint = choose_endpoint()
+    endpoint = choose_endpoint(ports=FREE)
     with running(repository, endpoint, tmp_path / "log", ready_timeout_s=120) as process:
         group = process.pid
         assert len(_group(group)) >= 6  # Triton and its stubs
@@ -327,3 +367,36 @@ def test_threads_do_not_pile_up(server):
     for _ in range(5):
         ask(server, text_input="L", max_tokens=2)
     assert threading.active_count() <= before + 2
+
+
+def chat(server, *arguments: str, **more) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemobuild", "chat", "--url", server.grpc_url, *arguments]
+    return subprocess.run(command, text=True, check=False, stderr=subprocess.PIPE, **more)
+
+
+def test_the_chat_command_as_a_pipe_and_as_json(server):
+    piped = chat(server, input="Hi\n", stdout=subprocess.PIPE)
+    assert piped.stdout == ANSWER + "\n" and piped.returncode == 0
+    answer = json.loads(chat(server, "Hi", "--json", stdout=subprocess.PIPE).stdout)
+    assert (answer["text_output"], answer["reasoning_output"]) == (ANSWER, REASONING)
+    off = chat(server, "Hi", "--reasoning", "off", "--stop", " STOP", stdout=subprocess.PIPE)
+    assert off.stdout == OFF_ANSWER[: OFF_ANSWER.index(" STOP")] + "\n"
+    refused = chat(server, "Hi", "--reasoning", "loud", "--json", stdout=subprocess.PIPE)
+    assert refused.returncode == 2 and "reasoning_mode" in json.loads(refused.stderr)["error"]["why"]
+
+
+def test_a_terminal_shows_reasoning_dimmed_and_apart(server):
+    ours, theirs = os.openpty()
+    assert chat(server, "Hi", stdout=theirs).returncode == 0
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:
+            break
+    text = shown.decode().replace("\r\n", "\n")
+    reasoning = "".join(re.findall("\x1b\\[2m(.*?)\x1b\\[0m", text, flags=re.DOTALL))
+    assert reasoning == REASONING
+    assert re.sub("\x1b\\[2m.*?\x1b\\[0m", "", text, flags=re.DOTALL) == "\n\n" + ANSWER + "\n"
+    os.close(ours)

@@ -54,6 +54,14 @@ def field_values(request):
     return with_parameters(values, json.loads(request.parameters() or "{}"))
 
 
+def respond(request_names, tensors):
+    """A response with those of ``tensors`` that the client asked for.
+
+    Triton would drop the others itself, but without holding Python's lock, which crashes the interpreter.
+    """
+    return pb_utils.InferenceResponse([tensor for tensor in tensors if tensor.name() in request_names])
+
+
 def output_tensor(name, value):
     """A response tensor of shape (1, 1), or (1, n) for a list."""
     field = _OUTPUT[name]

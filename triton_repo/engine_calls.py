@@ -2,12 +2,18 @@
 
 import contextlib
 import threading
+from collections import deque
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 ENGINE = "tensorrt_llm"
 OUTPUTS = ["output_ids", "sequence_length", "output_log_probs"]
+
+
+# Triton drops its own reference to a finished iterator in a thread that does not hold Python's lock. Were that the
+# last one, the interpreter would crash (seen on Python 3.12), so ours outlive it.
+_FINISHED = deque(maxlen=1024)
 
 
 class EngineError(RuntimeError):
@@ -24,13 +30,7 @@ class Call:
 
     def responses(self, arrays):
         """Engine responses with tensors, in order. ``arrays``: name -> array with its batch axis."""
-        request = pb_utils.InferenceRequest(
-            model_name=ENGINE,
-            request_id=self.request_id,
-            requested_output_names=OUTPUTS,
-            inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
-        )
-        for response in request.exec(decoupled=True):
+        for response in self._run(arrays):
             if response.has_error():
                 raise EngineError(response.error().message())
             if response.output_tensors():
@@ -43,14 +43,19 @@ class Call:
         self._stopping = True
         one = np.ones((1, 1), np.int32)
         arrays = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.ones((1, 1), np.bool_)}
+        for _ in self._run(arrays):
+            pass
+
+    def _run(self, arrays):
         request = pb_utils.InferenceRequest(
             model_name=ENGINE,
             request_id=self.request_id,
             requested_output_names=OUTPUTS,
             inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
         )
-        for _ in request.exec(decoupled=True):
-            pass
+        iterator = request.exec(decoupled=True)
+        _FINISHED.append(iterator)
+        return iterator
 
 
 class ClientWatch:
@@ -80,7 +85,10 @@ class ClientWatch:
                 del self._calls[request_id]
 
     def close(self):
+        """Before the interpreter ends: afterwards Triton's memory is gone, and with it what these would touch."""
         self._closed.set()
+        self._thread.join()
+        _FINISHED.clear()
 
     def _run(self):
         while not self._closed.wait(self._period_s):

@@ -19,7 +19,6 @@ from nemobuild.cli.verify import verify
 app = typer.Typer(
     name="nemobuild",
     help="From Hugging Face weights of Nemotron models to an endpoint that serves them.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},

@@ -47,7 +47,7 @@ def chat(
             if line.strip():
                 _show(talk, line, as_json=json)
         return
-    _show(talk, sys.stdin.read() if prompt is None else prompt, as_json=json)
+    _show(talk, output.read_input() if prompt is None else prompt, as_json=json)
 
 
 def _show(talk: Any, prompt: str, *, as_json: bool) -> None:

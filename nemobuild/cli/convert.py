@@ -92,8 +92,7 @@ def _to_bf16(snapshot: Snapshot, target: Path, form: dict[str, Any], *, resume: 
             f"{format_bytes(plan.source_bytes)} to read, {format_bytes(plan.target_bytes)} to write, "
             f"peak memory below {format_bytes(plan.peak_memory_bytes)}"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with output.byte_progress("convert", quiet=quiet) as show:
+    with output.resumable(target), output.byte_progress("convert", quiet=quiet) as show:
         return executor.convert(
             snapshot, target, **form, resume=resume, progress=lambda p: show(p.done_bytes, p.total_bytes)
         )
@@ -117,7 +116,6 @@ def _to_fp8(snapshot: Snapshot, target: Path, options: dict[str, Any], *, resume
             output.hint(f"{where}{format_bytes(run.disk_bytes)} of disk while it runs")
         parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in plan.parts)
         output.hint(f"peak memory below {format_bytes(plan.peak_memory_bytes)}: {parts}")
-    target.parent.mkdir(parents=True, exist_ok=True)
     blocks = len(snapshot.spec.blocks)
 
     def tell(progress: Progress) -> None:
@@ -125,7 +123,7 @@ def _to_fp8(snapshot: Snapshot, target: Path, options: dict[str, Any], *, resume
         now = f"block {int(parts[2]) + 1}/{blocks}" if parts[1:2] == ["layers"] else ""
         show(progress.done_bytes, progress.total_bytes, now)
 
-    with output.byte_progress("quantise", quiet=quiet) as show:
+    with output.resumable(target), output.byte_progress("quantise", quiet=quiet) as show:
         return quantize(plan, target, resume=resume, progress=tell)
 
 

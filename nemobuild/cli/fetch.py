@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nemobuild.cli import output
-from nemobuild.cli.options import Json, Output
+from nemobuild.cli.options import Json
 
 
 def fetch(
     source: Annotated[str, typer.Argument(help="Profile, or Hub repository such as nvidia/NAME.")],
-    target: Output = None,
+    target: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder for the snapshot; a complete one is kept.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit; the commit is recorded.")] = None,
     json: Json = False,
 ) -> None:

@@ -32,6 +32,11 @@ def table(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)).rstrip() for line in lines)
 
 
+def read_input() -> str:
+    """All of standard input as text. Bytes that are not UTF-8 stay recognisable, and are refused later by name."""
+    return sys.stdin.buffer.read().decode("utf-8", "surrogateescape")
+
+
 def hint(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
@@ -81,6 +86,16 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
             bar.update(task, completed=done, total=total, description=f"{title} {now}".rstrip())
 
         yield show
+
+
+@contextmanager
+def resumable(target: object) -> Iterator[None]:
+    """Say what an interrupt leaves, and how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        hint(f"interrupted; what is done is kept: go on with --resume (for {target})")
+        raise
 
 
 def speed(count_bytes: int, seconds: float) -> str:

@@ -27,8 +27,9 @@ def repo(
     config = load_profile(profile)
     target = target or place(profile, "repository")
     stage = "checkpoint" if config.runtime == "cpu" else "engine"
-    plan = plan_repository(config, source_folder(source or profile), engine or place(profile, stage))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    plan = plan_repository(
+        config, source_folder(source or profile), engine or place(profile, stage), Path(profile).stem
+    )
     write_repository(plan, target)
     value = {"repository": str(target), "files": len(plan.files), "size_bytes": plan.size_bytes}
     text = f"repository  {target}\nholds       {len(plan.files)} files, {format_bytes(plan.size_bytes)}"

@@ -19,7 +19,9 @@ def serve(
     http_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8000, or a free one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8001, or a free one.")] = None,
     metrics_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8002, or a free one.")] = None,
-    log: Annotated[Path | None, typer.Option(help="Triton's log; default: triton.log beside the repository.")] = None,
+    log: Annotated[
+        Path | None, typer.Option(help="Triton's log; default: NAME.triton.log beside the repository.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
     json: Json = False,
 ) -> None:

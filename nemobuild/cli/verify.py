@@ -165,5 +165,11 @@ def _finite(value: Any) -> Any:
 def _token_ids(source: Path, prompts: list[str]) -> list[list[int]]:
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer.from_file(str(source / "tokenizer.json"))
+    from nemobuild.errors import IntegrityError
+
+    file = source / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises bare exceptions
+        raise IntegrityError("bad-tokenizer", f"{file} cannot be read.", why=f"{error}.") from error
     return [tokenizer.encode(text).ids for text in prompts]

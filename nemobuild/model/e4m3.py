@@ -26,7 +26,8 @@ def _decode_table() -> NDArray[np.float32]:
     exponent, mantissa = (codes >> 3) & 15, codes & 7
     magnitude = np.where(exponent, np.ldexp(8.0 + mantissa, exponent - 10), np.ldexp(1.0 * mantissa, -9))
     magnitude[(codes & 0x7F) == NAN_CODE] = np.nan
-    return np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    table: NDArray[np.float32] = np.where(codes & 0x80, -magnitude, magnitude).astype(np.float32)
+    return table
 
 
 DECODE = _decode_table()

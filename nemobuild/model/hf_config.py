@@ -17,6 +17,7 @@ from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
 from nemobuild.model.spec import Attention, Block, Linear, Llama3Scaling, Mlp, ModelSpec, NoOp, Rope
 
 MAX_CONFIG_BYTES = 8 << 20
+MAX_BLOCKS = 4096
 MODEL_TYPES = ("nemotron-nas", "deci", "llama")
 
 _READ = frozenset(
@@ -45,6 +46,8 @@ _MUST_BE_OFF = frozenset(
     """sparsify num_sink_tokens unshifted_sink use_prefill_window_in_sink_attention window_length gated
     llama4 mamba moe is_sink""".split()
 )
+_LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+_ROPE_KEYS = frozenset({"rope_type", "type", "rope_theta", *_LLAMA3_KEYS})
 _DTYPES = frozenset({"bfloat16", "float16", "float32"})
 
 
@@ -57,17 +60,26 @@ def load_spec(path: Path) -> ModelSpec:
     return spec_from_config(load_json(file), source=str(file))
 
 
-def load_json(file: Path) -> dict[str, Any]:
-    """A JSON object of at most ``MAX_CONFIG_BYTES``, read without trust."""
+def read_text(file: Path) -> str:
+    """Text of a small file of at most ``MAX_CONFIG_BYTES``, read without trust."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(MAX_CONFIG_BYTES + 1)
     except OSError as error:
         raise from_os_error(error, file, "reading") from error
     if len(raw) > MAX_CONFIG_BYTES:
-        raise IntegrityError("json-too-large", f"{file} is larger than {MAX_CONFIG_BYTES} bytes.")
+        raise IntegrityError("file-too-large", f"{file} is larger than {MAX_CONFIG_BYTES} bytes.")
     try:
-        value = json.loads(raw)
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise IntegrityError("not-utf8", f"{file} is not valid UTF-8.", why=f"{error}.") from error
+
+
+def load_json(file: Path) -> dict[str, Any]:
+    """A JSON object, read without trust."""
+    text = read_text(file)
+    try:
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise IntegrityError("bad-json", f"{file} is not valid JSON.", why=f"{error}.") from error
     if not isinstance(value, dict):
@@ -107,6 +119,8 @@ class _Reader:
         self.refuse_unknown(self.config, _READ | _INERT, "")
         self.refuse_unsupported()
         layers = self.positive("num_hidden_layers")
+        if layers > MAX_BLOCKS:
+            raise self.bad("num_hidden_layers", f"{layers} is more than {MAX_BLOCKS}")
         hidden = self.positive("hidden_size")
         heads = self.positive("num_attention_heads")
         if self.config.get("head_dim") is None and hidden % heads:
@@ -134,7 +148,7 @@ class _Reader:
             rope=self.rope(),
             norm_epsilon=self.number("rms_norm_eps", 1e-6),
             max_context_tokens=self.positive("max_position_embeddings"),
-            tied_embeddings=bool(self.config.get("tie_word_embeddings", False)),
+            tied_embeddings=self.flag("tie_word_embeddings", self.config, "tie_word_embeddings"),
             dtype=dtype,
             bos_token_id=None if bos is None else self.token_id("bos_token_id", bos, vocab),
             end_token_ids=tuple(
@@ -220,18 +234,16 @@ class _Reader:
             return Rope(theta)
         if kind != "llama3":
             raise self.bad("rope_scaling.rope_type", f"{kind!r} is not supported, only default and llama3")
-        try:
-            return Rope(
-                theta,
-                Llama3Scaling(
-                    factor=float(scaling["factor"]),
-                    low_freq_factor=float(scaling["low_freq_factor"]),
-                    high_freq_factor=float(scaling["high_freq_factor"]),
-                    original_max_position_embeddings=int(scaling["original_max_position_embeddings"]),
-                ),
-            )
-        except (KeyError, TypeError, ValueError) as error:
-            raise self.bad("rope_scaling", f"llama3 scaling is incomplete ({error!r})") from error
+        self.refuse_unknown(scaling, _ROPE_KEYS, "rope_scaling")
+        for key in _LLAMA3_KEYS:
+            value = scaling.get(key)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < 1e30:
+                raise self.bad(f"rope_scaling.{key}", f"{value!r} is not a positive number")
+        factor, low, high, original = (scaling[key] for key in _LLAMA3_KEYS)
+        llama3 = Llama3Scaling(float(factor), float(low), float(high), int(original))
+        if llama3.high_freq_factor <= llama3.low_freq_factor:
+            raise self.bad("rope_scaling.high_freq_factor", "it must be above low_freq_factor")
+        return Rope(theta, llama3)
 
     def refuse_unsupported(self) -> None:
         for key in ("attention_bias", "mlp_bias"):
@@ -254,10 +266,10 @@ class _Reader:
                 name = f"{where}.{key}" if where else key
                 raise self.bad(name, f"this key is unknown. {nearest(key, known)}", code="unknown-config-key")
 
-    def flag(self, where: str, part: dict[str, Any], key: str) -> bool:
+    def flag(self, where: str, part: Mapping[str, Any], key: str) -> bool:
         value = part.get(key)
         if value is not None and not isinstance(value, bool):
-            raise self.bad(f"{where}.{key}", f"{value!r} is not true or false")
+            raise self.bad(where if where == key else f"{where}.{key}", f"{value!r} is not true or false")
         return bool(value)
 
     def positive(self, key: str, default: int | None = None) -> int:

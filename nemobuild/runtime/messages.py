@@ -1,7 +1,8 @@
 """Check OpenAI-style messages and tools, and bring them into the one form that chat templates expect.
 
 Repaired by rule: ``content: null`` of an assistant becomes the empty string, a list of text parts becomes their text
-joined by newlines, ``developer`` is another name of ``system``. Everything else that a template would drop or print in
+joined by newlines, ``developer`` is another name of ``system``, and past ``reasoning_content`` is left out, as the
+templates of the family leave out past reasoning. Everything else that a template would drop or print in
 raw form is refused by name.
 """
 
@@ -14,7 +15,8 @@ from .fields import RequestError
 
 ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}
-_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "refusal"})
+_KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"})
+MAX_DEPTH = 64
 
 
 def parse_messages(text: str) -> list[dict[str, Any]]:
@@ -54,11 +56,12 @@ def _message(where: str, entry: Any, *, first: bool) -> dict[str, Any]:
         if role != "assistant":
             raise RequestError(f"{where}.tool_calls", f"a {role} message cannot call tools")
         message["tool_calls"] = _tool_calls(f"{where}.tool_calls", entry["tool_calls"])
-    for key in ("name", "tool_call_id"):
+    for key in ("name", "tool_call_id", "reasoning_content"):
         if entry.get(key) is not None:
             if not isinstance(entry[key], str):
                 raise RequestError(f"{where}.{key}", "a string is needed")
-            message[key] = entry[key]
+            if key != "reasoning_content":
+                message[key] = entry[key]
     return message
 
 
@@ -98,7 +101,20 @@ def _parse_list(field: str, text: str) -> list[Any]:
         raise RequestError(field, f"not valid JSON ({error})") from error
     if not isinstance(value, list):
         raise RequestError(field, f"a JSON list is needed, not {_kind(value)}")
+    _check_plain(field, value, MAX_DEPTH)
     return value
+
+
+def _check_plain(field: str, value: Any, depth: int) -> None:
+    """Refuse what a template or a tokenizer cannot take: half characters, and nesting without end."""
+    if isinstance(value, str):
+        if any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise RequestError(field, "it holds half of a surrogate pair, which is not a character")
+    elif isinstance(value, (list, dict)):
+        if depth == 0:
+            raise RequestError(field, f"it is nested deeper than {MAX_DEPTH} levels")
+        for item in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_plain(field, item, depth - 1)
 
 
 def _kind(value: Any) -> str:

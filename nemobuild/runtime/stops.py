@@ -1,8 +1,8 @@
 """Stop strings on text, across any cut of the stream: never emitted.
 
 The stop string that is complete first counts, whatever chunks the text comes in; of two that end together, the one
-that began first. Text is held back only while it could still be the beginning of a stop string, so the delay is at most the longest
-stop string less one character.
+that began first. Text is held back only while it could still be the beginning of a stop string, so the delay is at
+most the longest stop string less one character.
 """
 
 from __future__ import annotations

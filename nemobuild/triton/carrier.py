@@ -134,8 +134,9 @@ def find_libpython() -> Path:
     """The shared libpython of the running interpreter, or a ``ToolchainError`` that says what to install."""
     version = _python_version()
     name = f"libpython{version}.so.1.0"
-    folders = [sysconfig.get_config_var("LIBDIR"), f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib"]
-    folders += [f"{sys.base_prefix}/lib/{sysconfig.get_config_var('MULTIARCH')}"]
+    # LIBDIR is where this Python was built for; one that was moved since finds its library beside itself.
+    folders = [f"{sys.base_prefix}/lib", f"{sys.base_exec_prefix}/lib", sysconfig.get_config_var("LIBDIR")]
+    folders.append(f"{sys.base_prefix}/lib/{sysconfig.get_config_var('MULTIARCH')}")
     candidates = [Path(folder) / name for folder in folders if folder]
     for candidate in [*candidates, *_registered_libraries(name)]:
         if candidate.is_file():
@@ -207,7 +208,7 @@ def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, package
 def _patched(stub: Path, version: str) -> bytes:
     """The stub, its item-size reads moved where ``_STUB_PATCHES`` says so; the wheel's digest fixed what is there."""
     code = bytearray(stub.read_bytes())
-    for offset, before, after in _STUB_PATCHES.get(version + "x", ()):
+    for offset, before, after in _STUB_PATCHES.get(version, ()):
         if code[offset : offset + len(before)] != before:
             raise IntegrityError("bad-stub", f"{stub} is not the one in {REQUIREMENT}.", next=f"Remove {stub}.")
         code[offset : offset + len(after)] = after

@@ -67,12 +67,23 @@ def _input(grpc: Any, name: str, value: Any) -> Any:
         raise UsageError("unknown-field", f"There is no request field {name!r}.", why=nearest(name, BY_NAME))
     items = value if isinstance(value, (list, tuple)) else [value]
     if field.type == "STRING":
-        array = np.array([[str(item).encode() for item in items]], dtype=np.object_)
+        array = np.array([[_utf8(name, item) for item in items]], dtype=np.object_)
     else:
-        array = np.array([items], dtype=_NUMPY[field.type])
+        kind = _NUMPY[field.type]
+        for item in items:
+            if field.type in ("INT32", "UINT64") and not np.iinfo(kind).min <= item <= np.iinfo(kind).max:
+                raise UsageError("bad-value", f"{name} is {item}, which is not a number of type {field.type}.")
+        array = np.array([items], dtype=kind)
     tensor = grpc.InferInput(name, list(array.shape), "BYTES" if field.type == "STRING" else field.type)
     tensor.set_data_from_numpy(array)
     return tensor
+
+
+def _utf8(name: str, text: str) -> bytes:
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise UsageError("not-utf8", f"{name} is not valid UTF-8.", why=f"Near character {error.start}.") from error
 
 
 def _value(array: Any, name: str) -> Any:
@@ -81,7 +92,7 @@ def _value(array: Any, name: str) -> Any:
 
 
 def _explain(error: Any, url: str) -> NemobuildError:
-    message = str(error.message())
+    message = str(error.message()).rstrip(".")
     status = str(error.status() or "")
     if "UNAVAILABLE" in status or "failed to connect" in message.lower():
         return RemoteError(

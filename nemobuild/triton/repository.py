@@ -19,7 +19,7 @@ from typing import Any
 from nemobuild import __version__
 from nemobuild.config import EngineConfig, read_yaml
 from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
-from nemobuild.model.hf_config import load_json, load_spec
+from nemobuild.model.hf_config import load_json, load_spec, read_text
 from nemobuild.resources import data_folder, package_folder
 from nemobuild.runtime.settings import Limits, ReasoningPolicy, Sampling, Settings
 from nemobuild.triton.models import repository_models
@@ -61,13 +61,13 @@ class RepositoryPlan:
         return sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.files.values())
 
 
-def plan_repository(profile: EngineConfig, source: Path, engine: Path) -> RepositoryPlan:
+def plan_repository(profile: EngineConfig, source: Path, engine: Path, name: str = "model") -> RepositoryPlan:
     """Everything that the repository will hold. ``source`` is the Hugging Face folder (tokenizer, template), ``engine``
-    the checkpoint (``cpu``) or the engine folder (``tensorrt``).
+    the checkpoint (``cpu``) or the engine folder (``tensorrt``). ``name`` is shown to readers of the repository.
 
     Raises ``UsageError`` or ``IntegrityError`` when a part is missing or does not fit the profile.
     """
-    settings, assets = _text_assets(profile, source)
+    settings, assets = _text_assets(profile, source, name)
     files: dict[str, bytes | Path] = {}
     for model in repository_models(profile):
         files[f"{model.name}/config.pbtxt"] = render(model).encode()
@@ -86,9 +86,9 @@ def plan_repository(profile: EngineConfig, source: Path, engine: Path) -> Reposi
             files |= {f"{model.name}/1/assets/{name}": content for name, content in assets.items()}
         if not (adapters or model.name == "tensorrt_llm"):
             files[f"{model.name}/1/.keep"] = b""  # an ensemble needs an empty version folder
-    files |= _engine_files(profile, engine)
+    files |= _engine_files(profile, source, engine)
     files["README.md"] = _readme(profile, settings).encode()
-    files[MANIFEST] = _manifest(profile, files)
+    files[MANIFEST] = _manifest(profile, engine, files)
     return RepositoryPlan(files)
 
 
@@ -127,7 +127,7 @@ def reasoning_policy(name: str) -> ReasoningPolicy:
     return ReasoningPolicy(**policies[name])
 
 
-def _text_assets(profile: EngineConfig, source: Path) -> tuple[Settings, dict[str, bytes | Path]]:
+def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settings, dict[str, bytes | Path]]:
     from tokenizers import Tokenizer
 
     spec = load_spec(source)
@@ -156,10 +156,10 @@ def _text_assets(profile: EngineConfig, source: Path) -> tuple[Settings, dict[st
     config = load_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
     limits, reasoning = profile.limits, profile.reasoning
     settings = Settings(
-        model_name=source.resolve().name,
+        model_name=name,
         vocab_size=spec.vocab_size,
-        bos_token=_token_text(config.get("bos_token")),
-        end_token_ids=_end_token_ids(source, spec.end_token_ids),
+        bos_token=_token_text(config, "bos_token", tokenizer),
+        end_token_ids=_end_token_ids(source, spec.end_token_ids, spec.vocab_size),
         limits=Limits(
             max_context_tokens=limits.max_context_tokens,
             max_prompt_tokens=limits.prompt_limit,
@@ -171,7 +171,7 @@ def _text_assets(profile: EngineConfig, source: Path) -> tuple[Settings, dict[st
         default_mode=reasoning.default,
         sampling_on=Sampling(**reasoning.sampling_on.model_dump()),
         sampling_off=Sampling(**reasoning.sampling_off.model_dump()),
-        template_variables={"eos_token": _token_text(config.get("eos_token")) or ""},
+        template_variables={"eos_token": _token_text(config, "eos_token", tokenizer) or ""},
     )
     template = _chat_template(source, config)
     assets: dict[str, bytes | Path] = {"tokenizer.json": tokenizer_file, "runtime.json": settings.dump().encode()}
@@ -185,11 +185,11 @@ def _chat_template(source: Path, config: dict[str, Any]) -> str | None:
     """The model's own template: ``chat_template.jinja``, or the one in ``tokenizer_config.json``."""
     file = source / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        return read_text(file)
     template = config.get("chat_template")
     if isinstance(template, list):  # several named ones
-        named = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}
-        template = named.get("default")
+        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
+        template = named[0] if named else None
     if template is not None and not isinstance(template, str):
         raise IntegrityError("bad-template", f"chat_template in {source / 'tokenizer_config.json'} is not text.")
     return template
@@ -208,6 +208,8 @@ def _try_template(template: str, settings: Settings, tokenizer: Any) -> None:
         prompts = [builder.from_messages(hello, None, mode).text for mode in modes]
     except (RequestError, ValueError) as error:
         raise IntegrityError("bad-template", "The model's chat template does not work.", why=f"{error}.") from error
+    if "Hello" not in prompts[0]:
+        raise IntegrityError("bad-template", "The model's chat template does not work.", why="It drops the messages.")
     policy = settings.reasoning
     if len(set(prompts)) < len(modes) or (policy.switch == "directive" and policy.off in prompts[-1]):
         raise UsageError(
@@ -218,19 +220,29 @@ def _try_template(template: str, settings: Settings, tokenizer: Any) -> None:
         )
 
 
-def _end_token_ids(source: Path, from_config: tuple[int, ...]) -> tuple[int, ...]:
+def _end_token_ids(source: Path, from_config: tuple[int, ...], vocab_size: int) -> tuple[int, ...]:
     """End ids of ``generation_config.json`` first, then those of ``config.json``."""
     file = source / "generation_config.json"
     value = load_json(file).get("eos_token_id") if file.exists() else None
     listed = value if isinstance(value, list) else [] if value is None else [value]
+    for token in listed:
+        if not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise IntegrityError("bad-end-id", f"eos_token_id in {file} holds {token!r}, which is no token id.")
     return tuple(dict.fromkeys([*listed, *from_config]))
 
 
-def _token_text(token: Any) -> str | None:
-    return token.get("content") if isinstance(token, dict) else token
+def _token_text(config: Mapping[str, Any], key: str, tokenizer: Any) -> str | None:
+    """Text of a special token in ``tokenizer_config.json``, which the tokenizer must know."""
+    token = config.get(key)
+    text = token.get("content") if isinstance(token, dict) else token
+    if text is not None and (not isinstance(text, str) or tokenizer.token_to_id(text) is None):
+        raise IntegrityError(
+            "bad-special-token", f"{key} in tokenizer_config.json is {text!r}, not a token of the model."
+        )
+    return text
 
 
-def _engine_files(profile: EngineConfig, engine: Path) -> dict[str, bytes | Path]:
+def _engine_files(profile: EngineConfig, source: Path, engine: Path) -> dict[str, bytes | Path]:
     if not (engine / "config.json").is_file():
         raise UsageError(
             "no-engine", f"{engine} has no config.json.", next="Give the folder that convert or build made."
@@ -242,10 +254,34 @@ def _engine_files(profile: EngineConfig, engine: Path) -> dict[str, bytes | Path
     for name in names:
         if not (engine / name).is_file():
             raise IntegrityError("rank-missing", f"{engine} has no {name}.", why=f"The profile has {ranks} rank(s).")
+    if profile.runtime == "cpu":
+        _check_same_model(profile, source, engine)
     return {f"{folder}/{name}": engine / name for name in names}
 
 
-def _manifest(profile: EngineConfig, files: Mapping[str, bytes | Path]) -> bytes:
+def _check_same_model(profile: EngineConfig, source: Path, checkpoint: Path) -> None:
+    """The tokenizer's model and the checkpoint's must be one, in the split that the profile says."""
+    from nemobuild.engine.cpu.checkpoint_config import read_config
+
+    split, made = read_config(checkpoint)
+    wanted = load_spec(source)
+    for field in ("hidden_size", "vocab_size", "query_heads", "head_size", "blocks", "rope", "norm_epsilon"):
+        if getattr(made, field) != getattr(wanted, field):
+            raise IntegrityError(
+                "another-model",
+                f"{checkpoint} is not a checkpoint of the model in {source}.",
+                why=f"Their {field} differ.",
+                next="Convert that model, or name the right folders.",
+            )
+    if (split.tp, split.pp) != (profile.checkpoint.tensor_parallel, profile.checkpoint.pipeline_parallel):
+        raise IntegrityError(
+            "another-split",
+            f"{checkpoint} was converted with tp {split.tp} and pp {split.pp}.",
+            why="The profile's checkpoint section says otherwise.",
+        )
+
+
+def _manifest(profile: EngineConfig, engine: Path, files: Mapping[str, bytes | Path]) -> bytes:
     """What the folder is made from, and the digest or (for weights) size of every file."""
     entries = {}
     for name, content in sorted(files.items()):
@@ -253,7 +289,14 @@ def _manifest(profile: EngineConfig, files: Mapping[str, bytes | Path]) -> bytes
             entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
         else:
             entries[name] = {"bytes": content.stat().st_size}
-    body = {"kind": "repository", "nemobuild": __version__, "profile": profile.model_dump(), "files": entries}
+    made = engine / MANIFEST  # the weights' own identity; their digest would cost another reading of all of them
+    body = {
+        "kind": "repository",
+        "nemobuild": __version__,
+        "profile": profile.model_dump(),
+        "engine": load_json(made).get("key") if made.is_file() else None,
+        "files": entries,
+    }
     canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     return json.dumps({"key": hashlib.sha256(canonical).hexdigest()} | body, indent=1).encode() + b"\n"
 

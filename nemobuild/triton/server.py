@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
+import json
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -32,6 +35,8 @@ _FAILURES = (
     re.compile(r"error: (?P<why>.+)"),
 )
 _PR_SET_PDEATHSIG = 1
+_STACK_BYTES = 256 << 20
+_FIRST_TOKEN_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,10 +60,13 @@ class Endpoint:
 def choose_endpoint(
     host: str = "127.0.0.1", ports: tuple[int | None, int | None, int | None] = (None,) * 3
 ) -> Endpoint:
-    """Ports for HTTP, gRPC and metrics: those asked for, else 8000 to 8002, else any free ones.
+    """Ports for HTTP, gRPC and metrics: those asked for (0: any free one), else 8000 to 8002, else any free ones.
 
     Raises ``UsageError`` when a port that was asked for is in use, or the host is not an address of this machine.
     """
+    asked = [port for port in ports if port]
+    if len(set(asked)) < len(asked):
+        raise UsageError("port-twice", f"The ports {', '.join(map(str, asked))} must differ.")
     chosen: list[int] = []
     with contextlib.ExitStack() as held:  # hold each port until all are chosen, so that no two are equal
         for wanted, default in zip(ports, DEFAULT_PORTS, strict=True):
@@ -76,6 +84,8 @@ def _first_free(host: str, candidates: tuple[int, ...], held: contextlib.ExitSta
             return int(probe.getsockname()[1])
         except OSError as error:
             last = error
+    if last.errno != errno.EADDRINUSE:
+        raise UsageError("bad-address", f"Cannot listen on {host}:{candidates[0]}.", why=f"{last.strerror or last}.")
     raise UsageError(
         "port-in-use",
         f"Cannot listen on {host}:{candidates[0]}.",
@@ -120,7 +130,7 @@ def running(
     except OSError as error:
         raise from_os_error(error, log, "starting Triton, log") from error
     try:
-        _wait_ready(process, endpoint, log, ready_timeout_s, on_wait)
+        _wait_ready(process, endpoint, prefix, log, ready_timeout_s, on_wait)
         yield process
     finally:
         _stop(process, prefix)
@@ -143,6 +153,7 @@ def _command(install: TritonInstall, repository: Path, endpoint: Endpoint, prefi
         f"--model-repository={repository.resolve()}",
         "--disable-auto-complete-config",  # the emitted configs are complete
         "--exit-timeout-secs=5",
+        f"--id={prefix}",
         f"--backend-config=python,shm-region-prefix-name={prefix}",  # two servers on one machine stay apart
     ]
     for name in ("http", "grpc", "metrics"):
@@ -156,12 +167,13 @@ def _command(install: TritonInstall, repository: Path, endpoint: Endpoint, prefi
 def _wait_ready(
     process: subprocess.Popen[bytes],
     endpoint: Endpoint,
+    server_id: str,
     log: Path,
     timeout_s: float,
     on_wait: Callable[[float], None] | None,
 ) -> None:
     begin = time.monotonic()
-    while not _says_ready(endpoint):
+    while not _says_ready(endpoint, server_id):
         waited_s = time.monotonic() - begin
         if process.poll() is not None:
             raise ChildFailed(
@@ -178,9 +190,8 @@ def _wait_ready(
             on_wait(waited_s)
         time.sleep(0.1)
     fields = {"text_input": "Hello", "max_tokens": 1, "temperature": 0.0}
-    left_s = max(5.0, timeout_s - (time.monotonic() - begin))
     try:
-        for _ in stream(endpoint.grpc_url, fields, timeout_s=left_s):
+        for _ in stream(endpoint.grpc_url, fields, timeout_s=_FIRST_TOKEN_TIMEOUT_S):
             pass
     except NemobuildError as error:
         raise ChildFailed(
@@ -188,11 +199,15 @@ def _wait_ready(
         ) from error
 
 
-def _says_ready(endpoint: Endpoint) -> bool:
+def _says_ready(endpoint: Endpoint, server_id: str) -> bool:
+    """Whether the server at the endpoint is the one that we started, and says that its models are loaded."""
     try:
+        with urllib.request.urlopen(f"{endpoint.http_url}/v2", timeout=1) as response:
+            if json.loads(response.read(1 << 16)).get("name") != server_id:
+                return False
         with urllib.request.urlopen(f"{endpoint.http_url}/v2/health/ready", timeout=1) as response:
             return bool(response.status == 200)
-    except OSError:
+    except (OSError, ValueError):
         return False
 
 
@@ -209,5 +224,11 @@ def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float = 15.0) 
 
 
 def _die_with_parent() -> None:
-    """In the child, before it becomes Triton: end when nemobuild ends, however that happens."""
+    """In the child, before it becomes Triton: end when nemobuild ends, however that happens, and have enough stack.
+
+    Triton 2.51 copies the body of an HTTP request to the stack; with the usual 8 MiB, 4 MiB of text crash it.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
+    wanted = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
+    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))

@@ -10,9 +10,8 @@ import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, TextSide, field_values, output_array, output_tensor, refusal
+from .common import FINAL, TextSide, field_values, output_array, output_tensor, refusal, respond
 from .engine_calls import ClientWatch
 from .lib.runtime.answer import Answer
 from .lib.runtime.engine_io import generation_tensors
@@ -41,23 +40,23 @@ class TritonPythonModel:
             except Exception as error:
                 sender.send(refusal(error), flags=FINAL)
                 continue
-            self.pool.submit(self._serve, values, sender)
+            self.pool.submit(self._serve, values, request.requested_output_names(), sender)
 
     def finalize(self):
         self.watch.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _serve(self, values, sender):
+    def _serve(self, values, names, sender):
         try:
             with self.watch.call(sender, uuid.uuid4().hex) as call:
-                last = self._follow(self.text.parse(values), call, sender)
+                last = self._follow(self.text.parse(values), names, call, sender)
         except Exception as error:
             last = refusal(error)
         finally:
             self.slots.release()
         sender.send(last, flags=FINAL)
 
-    def _follow(self, request, call, sender):
+    def _follow(self, request, names, call, sender):
         """Send a delta for each engine response that brings one; return the last response."""
         answer = Answer(
             self.text.vocabulary,
@@ -67,7 +66,7 @@ class TritonPythonModel:
             end_ids=request.end_ids,
             tools=request.tools,
         )
-        held = _Outputs(request.prompt.text if request.echo_prompt else "")
+        held = _Outputs(names, request.prompt.text if request.echo_prompt else "")
         generated = 0
         for response in call.responses(generation_tensors(request, self.text.tokenizer) | _STREAMING):
             ids = output_tokens(output_array(response, "output_ids"), output_array(response, "sequence_length"))
@@ -93,7 +92,8 @@ class TritonPythonModel:
 class _Outputs:
     """What is ready for the client and not sent yet."""
 
-    def __init__(self, text):
+    def __init__(self, names, text):
+        self.names = names
         self.answer, self.reasoning, self.tool_calls, self.log_probs = text, "", [], []
         self.cum_log_probs = 0.0
 
@@ -115,4 +115,4 @@ class _Outputs:
         if self.log_probs:
             values["output_log_probs"] = self.log_probs
         self.answer, self.reasoning, self.tool_calls, self.log_probs = "", "", [], []
-        return pb_utils.InferenceResponse([output_tensor(name, value) for name, value in values.items()])
+        return respond(self.names, [output_tensor(name, value) for name, value in values.items()])

@@ -4,7 +4,7 @@ import json
 
 import triton_python_backend_utils as pb_utils
 
-from .common import TextSide, output_tensor, refusal
+from .common import TextSide, output_tensor, refusal, respond
 from .lib.runtime.answer import Answer
 from .lib.runtime.wire import output_tokens
 
@@ -24,7 +24,7 @@ class TritonPythonModel:
             context = json.loads(arrays["answer_context"].reshape(-1)[0])
             ids = output_tokens(arrays["output_ids"], arrays["sequence_length"])
             log_probs = arrays["output_log_probs"].reshape(-1).tolist()
-            return pb_utils.InferenceResponse(self._outputs(ids, log_probs, context))
+            return respond(request.requested_output_names(), self._outputs(ids, log_probs, context))
         except Exception as error:
             return refusal(error)
 

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import TextSide, field_values, refusal
+from .common import TextSide, field_values, refusal, respond
 from .lib.runtime.engine_io import generation_tensors
 
 
@@ -21,7 +21,7 @@ class TritonPythonModel:
             parsed = self.text.parse(field_values(request) | {"stream": False})
             tensors = [pb_utils.Tensor(k, v) for k, v in generation_tensors(parsed, self.text.tokenizer).items()]
             tensors.append(pb_utils.Tensor("answer_context", _context(parsed)))
-            return pb_utils.InferenceResponse(tensors)
+            return respond(request.requested_output_names(), tensors)
         except Exception as error:
             return refusal(error)
 

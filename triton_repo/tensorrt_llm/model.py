@@ -43,7 +43,8 @@ class TritonPythonModel:
         self.engine = Engine(Path(__file__).resolve().parent / "checkpoint", **limits)
         self.running = set()
         self.closed = threading.Event()
-        threading.Thread(target=self._watch_clients, name="client-watch", daemon=True).start()
+        self.watch = threading.Thread(target=self._watch_clients, name="client-watch", daemon=True)
+        self.watch.start()
 
     def execute(self, requests):
         for request in requests:
@@ -57,6 +58,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self.closed.set()
+        self.watch.join()
         self.engine.close()
 
     def _start(self, request, sender):
@@ -70,7 +72,8 @@ class TritonPythonModel:
             return
         generation = _generation(arrays)
         echo = () if bool(arrays.get("exclude_input_in_output", [False])[0]) else generation.input_ids
-        stream = _Stream(sender, self.running, echo, streaming=bool(arrays.get("streaming", [False])[0]))
+        names = request.requested_output_names()
+        stream = _Stream(sender, names, self.running, echo, streaming=bool(arrays.get("streaming", [False])[0]))
         self.running.add(stream)
         try:
             self.engine.submit(generation, stream.take, request_id, lambda: stream.client_left)
@@ -88,8 +91,8 @@ class TritonPythonModel:
 class _Stream:
     """Chunks of one request to responses: each as it comes when streaming, else all as one."""
 
-    def __init__(self, sender, running, echo, *, streaming):
-        self.sender, self.running, self.streaming = sender, running, streaming
+    def __init__(self, sender, names, running, echo, *, streaming):
+        self.sender, self.names, self.running, self.streaming = sender, names, running, streaming
         self.tokens, self.log_probs, self.total = list(echo), [], 0.0
         self.client_left = False
         self.lock = threading.Lock()
@@ -116,14 +119,14 @@ class _Stream:
 
     def _response(self):
         tokens, log_probs, self.tokens, self.log_probs = self.tokens, self.log_probs, [], []
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("output_ids", np.array([[tokens]], np.int32)),
-                pb_utils.Tensor("sequence_length", np.array([[len(tokens)]], np.int32)),
-                pb_utils.Tensor("cum_log_probs", np.array([[self.total]], np.float32)),
-                pb_utils.Tensor("output_log_probs", np.array([[log_probs]], np.float32)),
-            ]
-        )
+        arrays = {
+            "output_ids": np.array([[tokens]], np.int32),
+            "sequence_length": np.array([[len(tokens)]], np.int32),
+            "cum_log_probs": np.array([[self.total]], np.float32),
+            "output_log_probs": np.array([[log_probs]], np.float32),
+        }
+        # Only what was asked for: Triton drops the rest without holding Python's lock, which crashes the interpreter.
+        return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in arrays.items() if n in self.names])
 
 
 def _generation(arrays):

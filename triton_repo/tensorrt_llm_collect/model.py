@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, output_array, refusal
+from .common import FINAL, output_array, refusal, respond
 from .engine_calls import ClientWatch
 from .lib.runtime.wire import output_tokens
 
@@ -24,15 +24,16 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
-            self.pool.submit(self._one, arrays, request.get_response_sender())
+            names = request.requested_output_names()
+            self.pool.submit(self._one, arrays, names, request.get_response_sender())
 
     def finalize(self):
         self.watch.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _one(self, arrays, sender):
+    def _one(self, arrays, names, sender):
         try:
-            response = self._collect(arrays, sender)
+            response = respond(names, self._collect(arrays, sender))
         except Exception as error:
             response = refusal(error)
         sender.send(response, flags=FINAL)
@@ -45,10 +46,8 @@ class TritonPythonModel:
                 ids.append(np.array(tokens, np.int32))
                 log_probs.append(output_array(response, "output_log_probs").reshape(-1)[: len(tokens)])
         tokens, probabilities = np.concatenate(ids), np.concatenate(log_probs).astype(np.float32)
-        return pb_utils.InferenceResponse(
-            [
-                pb_utils.Tensor("output_ids", tokens[None, None]),
-                pb_utils.Tensor("sequence_length", np.array([[tokens.size]], np.int32)),
-                pb_utils.Tensor("output_log_probs", probabilities[None, None]),
-            ]
-        )
+        return [
+            pb_utils.Tensor("output_ids", tokens[None, None]),
+            pb_utils.Tensor("sequence_length", np.array([[tokens.size]], np.int32)),
+            pb_utils.Tensor("output_log_probs", probabilities[None, None]),
+        ]
