@@ -66,7 +66,7 @@ def main() -> None:
             shutil.rmtree(folder)
     result = {
         "command": f"python benchmarks/convert_fp8.py --rounds {options.rounds} --settle {options.settle:g}",
-        "machine": {"cpus": os.cpu_count(), "kernel": platform.release(), "python": platform.python_version()}
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()}
         | {"load_average_before": round(load_before, 2)},
         "models": models,
     }
@@ -130,7 +130,7 @@ def _table(result: dict[str, Any]) -> str:
     lines = [
         "# FP8 conversion with given scales against cp of the BF16 source",
         "",
-        f"`{result['command']}`; {machine['cpus']} CPUs, Linux {machine['kernel']}, Python {machine['python']}; "
+        f"`{result['command']}`; {machine['cpus']} CPUs, Python {machine['python']}; "
         f"medians; load average before: {machine['load_average_before']}.",
         "",
         f"| model | {' | '.join(CONTENDERS)} | {' | '.join(RATIOS)} | peak memory (stated) |",
