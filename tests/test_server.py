@@ -116,7 +116,17 @@ def test_ready_means_a_token_not_a_port(tmp_path):
 
 def test_another_server_on_the_same_port_is_not_taken_for_ours(tmp_path):
     write_model(tmp_path / "repository", "raise RuntimeError('broken')")
-    other = http.server.HTTPServer(("127.0.0.1", 0), http.server.SimpleHTTPRequestHandler)
+
+    class Neighbour(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(b'{"name": "another"}')
+
+        def log_message(self, *_):
+            pass
+
+    other = http.server.HTTPServer(("127.0.0.1", 0), Neighbour)
     threading.Thread(target=other.serve_forever, daemon=True).start()
     endpoint = dataclasses.replace(choose_endpoint(ports=FREE), http_port=other.server_address[1])
     with (

@@ -59,7 +59,7 @@ def verify(
         report = compare(
             folder,
             snapshot,
-            _token_ids(snapshot.path, prompt) if prompt else None,
+            _token_ids(snapshot, prompt) if prompt else None,
             texts=held_out,
             thresholds=thresholds,
             progress=lambda p: show(p.done_bytes, p.total_bytes),
@@ -162,14 +162,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _token_ids(source: Path, prompts: list[str]) -> list[list[int]]:
-    from tokenizers import Tokenizer
+def _token_ids(snapshot: Snapshot, prompts: list[str]) -> list[list[int]]:
+    from nemobuild.model.tokenizer import load_tokenizer
 
-    from nemobuild.errors import IntegrityError
-
-    file = source / "tokenizer.json"
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # the library raises bare exceptions
-        raise IntegrityError("bad-tokenizer", f"{file} cannot be read.", why=f"{error}.") from error
+    tokenizer = load_tokenizer(snapshot.path, snapshot.spec)
     return [tokenizer.encode(text).ids for text in prompts]

@@ -18,6 +18,7 @@ from nemobuild.config import read_yaml
 from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
 from nemobuild.model.hf_config import load_json
 from nemobuild.model.spec import ModelSpec
+from nemobuild.model.tokenizer import load_tokenizer
 from nemobuild.resources import data_folder
 from nemobuild.runtime.fields import RequestError
 from nemobuild.runtime.messages import parse_messages, parse_tools
@@ -164,23 +165,7 @@ class _Writer:
     """Text and conversations -> token ids, as the served model would meet them."""
 
     def __init__(self, model: Path, spec: ModelSpec, reasoning: str | None) -> None:
-        from tokenizers import Tokenizer
-
-        file = model / "tokenizer.json"
-        if not file.is_file():
-            raise IntegrityError(
-                "no-tokenizer", f"{model} has no tokenizer.json.", next="Fetch the whole model folder."
-            )
-        try:
-            self._tokenizer = Tokenizer.from_file(str(file))
-        except Exception as error:  # the library raises bare exceptions
-            raise IntegrityError("bad-tokenizer", f"{file} cannot be read.", why=f"{error}.") from error
-        if self._tokenizer.get_vocab_size(with_added_tokens=True) > spec.vocab_size:
-            raise IntegrityError(
-                "tokenizer-mismatch",
-                f"{file} has more tokens than the model's vocab_size {spec.vocab_size}.",
-                why="It belongs to another model.",
-            )
+        self._tokenizer = load_tokenizer(model, spec)
         config = load_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
         source = _template(model, config)
         self._policy = _policy(reasoning, source)

@@ -20,6 +20,7 @@ from nemobuild import __version__
 from nemobuild.config import EngineConfig, read_yaml
 from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
 from nemobuild.model.hf_config import load_json, load_spec, read_text
+from nemobuild.model.tokenizer import load_tokenizer
 from nemobuild.resources import data_folder, package_folder
 from nemobuild.runtime.settings import Limits, ReasoningPolicy, Sampling, Settings
 from nemobuild.triton.models import repository_models
@@ -128,24 +129,8 @@ def reasoning_policy(name: str) -> ReasoningPolicy:
 
 
 def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settings, dict[str, bytes | Path]]:
-    from tokenizers import Tokenizer
-
     spec = load_spec(source)
-    tokenizer_file = source / "tokenizer.json"
-    if not tokenizer_file.is_file():
-        raise IntegrityError(
-            "no-tokenizer", f"{source} has no tokenizer.json.", next="Fetch the whole model folder again."
-        )
-    try:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
-    except Exception as error:  # the library raises bare exceptions
-        raise IntegrityError("bad-tokenizer", f"{tokenizer_file} cannot be read.", why=f"{error}.") from error
-    if tokenizer.get_vocab_size(with_added_tokens=True) > spec.vocab_size:
-        raise IntegrityError(
-            "tokenizer-mismatch",
-            f"{tokenizer_file} has more tokens than the model's vocab_size {spec.vocab_size}.",
-            why="It belongs to another model.",
-        )
+    tokenizer = load_tokenizer(source, spec)
     if profile.limits.max_context_tokens > spec.max_context_tokens:
         raise UsageError(
             "context-too-long",
@@ -174,7 +159,10 @@ def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settin
         template_variables={"eos_token": _token_text(config, "eos_token", tokenizer) or ""},
     )
     template = _chat_template(source, config)
-    assets: dict[str, bytes | Path] = {"tokenizer.json": tokenizer_file, "runtime.json": settings.dump().encode()}
+    assets: dict[str, bytes | Path] = {
+        "tokenizer.json": source / "tokenizer.json",
+        "runtime.json": settings.dump().encode(),
+    }
     if template is not None:
         _try_template(template, settings, tokenizer)
         assets["chat_template.jinja"] = template.encode()
@@ -316,6 +304,7 @@ def _readme(profile: EngineConfig, settings: Settings) -> str:
 
 Start it from this folder:
 
+    ulimit -s 262144    # Triton copies a request's body to the stack; the usual 8 MiB are too few for long prompts
     tritonserver --model-repository .
 
 `chat` streams; `ensemble` gives whole answers. Both take `messages` (JSON) or `text_input`:
