@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from nemobuild.errors import UsageError, from_os_error, nearest
 from nemobuild.resources import data_folder
+from nemobuild.runtime.settings import ReasoningPolicy
 
 Tokens = Annotated[int, Field(ge=1, le=1 << 24)]
 MAX_PROFILE_BYTES = 1 << 20
@@ -156,6 +157,22 @@ def load_profile(name_or_path: str) -> EngineConfig:
         return EngineConfig.model_validate(data)
     except ValidationError as error:
         raise _explain(error, path) from error
+
+
+def reasoning_policies() -> dict[str, ReasoningPolicy]:
+    """The policies in ``engine_configs/reasoning.yaml`` by name."""
+    data = read_yaml(data_folder("engine_configs") / "reasoning.yaml")
+    return {name: ReasoningPolicy(**fields) for name, fields in data.items()}
+
+
+def reasoning_policy(name: str) -> ReasoningPolicy:
+    """The policy of that name. Raises ``UsageError`` that proposes the nearest."""
+    policies = reasoning_policies()
+    if name not in policies:
+        raise UsageError(
+            "unknown-policy", f"reasoning.policy {name!r} is unknown.", why=nearest(name, policies), next="Correct it."
+        )
+    return policies[name]
 
 
 def read_yaml(path: Path) -> Any:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
+from nemobuild.config import reasoning_policy
 from nemobuild.runtime.fields import RequestError
 from nemobuild.runtime.messages import parse_messages
 from nemobuild.runtime.prompt import PromptBuilder
 from nemobuild.runtime.settings import Limits, Settings
 from nemobuild.runtime.template import ChatTemplate
-from nemobuild.triton.repository import reasoning_policy
 from tests import templates
 from tests.tiny import BOS, EOT, tiny_tokenizer
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from nemobuild.config import read_yaml
+from nemobuild.config import reasoning_policies, reasoning_policy
 from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
 from nemobuild.model.hf_config import load_json
 from nemobuild.model.spec import ModelSpec
-from nemobuild.model.tokenizer import load_tokenizer
+from nemobuild.model.tokenizer import chat_template, load_tokenizer, special_token
 from nemobuild.resources import data_folder
 from nemobuild.runtime.fields import RequestError
 from nemobuild.runtime.messages import parse_messages, parse_tools
@@ -167,15 +167,15 @@ class _Writer:
     def __init__(self, model: Path, spec: ModelSpec, reasoning: str | None) -> None:
         self._tokenizer = load_tokenizer(model, spec)
         config = load_json(model / "tokenizer_config.json") if (model / "tokenizer_config.json").exists() else {}
-        source = _template(model, config)
+        source = chat_template(model, config)
         self._policy = _policy(reasoning, source)
-        eos = _token_text(config.get("eos_token"))
+        eos = special_token(config, "eos_token", self._tokenizer)
         self._end = [i for i in [self._tokenizer.token_to_id(eos)] if i is not None] if eos else []
         context = spec.max_context_tokens
         settings = Settings(
             model_name=model.name,
             vocab_size=spec.vocab_size,
-            bos_token=_token_text(config.get("bos_token")),
+            bos_token=special_token(config, "bos_token", self._tokenizer),
             end_token_ids=spec.end_token_ids,
             limits=Limits(context, context, context),
             reasoning=self._policy,
@@ -229,38 +229,10 @@ def _arguments(function: dict[str, Any]) -> Any:
 
 def _policy(name: str | None, template: str | None) -> ReasoningPolicy:
     """The policy of that name; without one, that whose directive the template itself looks for."""
-    policies = {
-        key: ReasoningPolicy(**value)
-        for key, value in read_yaml(data_folder("engine_configs") / "reasoning.yaml").items()
-    }
     if name is not None:
-        if name not in policies:
-            raise UsageError(
-                "unknown-policy", f"The reasoning policy {name!r} is unknown.", why=nearest(name, policies)
-            )
-        return policies[name]
-    fitting = [p for p in policies.values() if p.switch == "directive" and p.off in (template or "")]
+        return reasoning_policy(name)
+    fitting = [p for p in reasoning_policies().values() if p.switch == "directive" and p.off in (template or "")]
     return fitting[0] if fitting else ReasoningPolicy()
-
-
-def _template(model: Path, config: dict[str, Any]) -> str | None:
-    """``chat_template.jinja``, or the one in ``tokenizer_config.json``; the default one of several."""
-    file = model / "chat_template.jinja"
-    if file.is_file():
-        try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise IntegrityError("bad-template", f"{file} cannot be read.", why=f"{error}.") from error
-    template = config.get("chat_template")
-    if isinstance(template, list):
-        template = {t.get("name"): t.get("template") for t in template if isinstance(t, dict)}.get("default")
-    return template if isinstance(template, str) else None
-
-
-def _token_text(value: Any) -> str | None:
-    """``tokenizer_config.json`` holds a token as a string or as an object."""
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) and text else None
 
 
 def _refuse(path: Path, number: int, problem: str) -> NoReturn:

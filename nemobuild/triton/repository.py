@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import Any
 
 from nemobuild import __version__
-from nemobuild.config import EngineConfig, read_yaml
-from nemobuild.errors import IntegrityError, UsageError, from_os_error, nearest
-from nemobuild.model.hf_config import load_json, load_spec, read_text
-from nemobuild.model.tokenizer import load_tokenizer
+from nemobuild.config import EngineConfig, reasoning_policy
+from nemobuild.errors import IntegrityError, UsageError, from_os_error
+from nemobuild.model.hf_config import load_json, load_spec
+from nemobuild.model.tokenizer import chat_template, load_tokenizer, special_token
 from nemobuild.resources import data_folder, package_folder
-from nemobuild.runtime.settings import Limits, ReasoningPolicy, Sampling, Settings
+from nemobuild.runtime.settings import Limits, Sampling, Settings
 from nemobuild.triton.models import repository_models
 from nemobuild.triton.pbtxt import render
 
@@ -118,16 +118,6 @@ def write_repository(plan: RepositoryPlan, target: Path) -> Path:
     return target
 
 
-def reasoning_policy(name: str) -> ReasoningPolicy:
-    """The policy of that name in ``engine_configs/reasoning.yaml``."""
-    policies = read_yaml(data_folder("engine_configs") / "reasoning.yaml")
-    if name not in policies:
-        raise UsageError(
-            "unknown-policy", f"reasoning.policy {name!r} is unknown.", why=nearest(name, policies), next="Correct it."
-        )
-    return ReasoningPolicy(**policies[name])
-
-
 def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settings, dict[str, bytes | Path]]:
     spec = load_spec(source)
     tokenizer = load_tokenizer(source, spec)
@@ -143,7 +133,7 @@ def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settin
     settings = Settings(
         model_name=name,
         vocab_size=spec.vocab_size,
-        bos_token=_token_text(config, "bos_token", tokenizer),
+        bos_token=special_token(config, "bos_token", tokenizer),
         end_token_ids=_end_token_ids(source, spec.end_token_ids, spec.vocab_size),
         limits=Limits(
             max_context_tokens=limits.max_context_tokens,
@@ -156,9 +146,9 @@ def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settin
         default_mode=reasoning.default,
         sampling_on=Sampling(**reasoning.sampling_on.model_dump()),
         sampling_off=Sampling(**reasoning.sampling_off.model_dump()),
-        template_variables={"eos_token": _token_text(config, "eos_token", tokenizer) or ""},
+        template_variables={"eos_token": special_token(config, "eos_token", tokenizer) or ""},
     )
-    template = _chat_template(source, config)
+    template = chat_template(source, config)
     assets: dict[str, bytes | Path] = {
         "tokenizer.json": source / "tokenizer.json",
         "runtime.json": settings.dump().encode(),
@@ -167,20 +157,6 @@ def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settin
         _try_template(template, settings, tokenizer)
         assets["chat_template.jinja"] = template.encode()
     return settings, assets
-
-
-def _chat_template(source: Path, config: dict[str, Any]) -> str | None:
-    """The model's own template: ``chat_template.jinja``, or the one in ``tokenizer_config.json``."""
-    file = source / "chat_template.jinja"
-    if file.is_file():
-        return read_text(file)
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named ones
-        named = [t.get("template") for t in template if isinstance(t, dict) and t.get("name") == "default"]
-        template = named[0] if named else None
-    if template is not None and not isinstance(template, str):
-        raise IntegrityError("bad-template", f"chat_template in {source / 'tokenizer_config.json'} is not text.")
-    return template
 
 
 def _try_template(template: str, settings: Settings, tokenizer: Any) -> None:
@@ -217,17 +193,6 @@ def _end_token_ids(source: Path, from_config: tuple[int, ...], vocab_size: int) 
         if not isinstance(token, int) or not 0 <= token < vocab_size:
             raise IntegrityError("bad-end-id", f"eos_token_id in {file} holds {token!r}, which is no token id.")
     return tuple(dict.fromkeys([*listed, *from_config]))
-
-
-def _token_text(config: Mapping[str, Any], key: str, tokenizer: Any) -> str | None:
-    """Text of a special token in ``tokenizer_config.json``, which the tokenizer must know."""
-    token = config.get(key)
-    text = token.get("content") if isinstance(token, dict) else token
-    if text is not None and (not isinstance(text, str) or tokenizer.token_to_id(text) is None):
-        raise IntegrityError(
-            "bad-special-token", f"{key} in tokenizer_config.json is {text!r}, not a token of the model."
-        )
-    return text
 
 
 def _engine_files(profile: EngineConfig, source: Path, engine: Path) -> dict[str, bytes | Path]:
