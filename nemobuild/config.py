@@ -47,6 +47,10 @@ class CheckpointConfig(_Strict):
     format: Literal["trtllm", "hf"] = Field(
         default="trtllm", description="TensorRT-LLM checkpoint, or a Hugging Face folder in ModelOpt's FP8 form."
     )
+    kv_scales: Literal["clamped", "measured"] = Field(
+        default="clamped",
+        description="FP8 KV scales in the trtllm form: at least 1, as NVIDIA's exporter writes them, or as measured.",
+    )
     tensor_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks that share each block.")
     pipeline_parallel: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks in a row.")
     calibration: CalibrationConfig = Field(default=CalibrationConfig())
@@ -55,6 +59,8 @@ class CheckpointConfig(_Strict):
     def _consistent(self) -> CheckpointConfig:
         if self.precision == "bf16" and (self.kv_cache, self.format) != ("bf16", "trtllm"):
             raise ValueError("kv_cache fp8 and format hf need precision fp8")
+        if self.kv_scales == "measured" and (self.kv_cache, self.format) != ("fp8", "trtllm"):
+            raise ValueError("kv_scales measured needs kv_cache fp8 and format trtllm; the form hf always has them so")
         return self
 
 

@@ -129,6 +129,32 @@ def test_help_and_version():
     assert all(c in text for c in ("profiles", "inspect", "fetch", "convert", "verify", "repo", "serve", "chat"))
 
 
+def test_inspect_takes_a_quantised_model(tmp_path):
+    folder = write_model(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    plain = json.loads(run("inspect", str(folder), "--json").stdout)
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "awq"}}))
+    assert json.loads(run("inspect", str(folder), "--json").stdout) == plain
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (("--precision", "bf16", "--samples", "3"), "--samples"),
+        (("--precision", "bf16", "--tokens-per-sample", "3"), "--tokens-per-sample"),
+        (("--precision", "bf16", "--kv-scales", "measured"), "--kv-scales"),
+        (("--precision", "fp8", "--kv-scales", "raw"), "'raw' is unknown"),
+        (("--precision", "fp8", "--kv-scales", "measured"), "--kv-cache fp8"),
+        (("--precision", "fp8", "--kv-cache", "fp8", "--format", "hf", "--kv-scales", "measured"), "trtllm"),
+    ],
+)
+def test_options_that_would_do_nothing_are_refused(arguments, word, tmp_path):
+    write_model(tmp_path / "hf")
+    done = run("convert", "hf", "-o", "out", *arguments, cwd=tmp_path)
+    assert done.returncode == 2 and word in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
 def test_inspect_without_network_or_heavy_libraries():
     code = (
         "import sys; from nemobuild.__main__ import main\n"

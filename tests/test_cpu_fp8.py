@@ -196,6 +196,17 @@ def test_engine_gives_the_likeliest_token(layout: str, tmp_path: Path) -> None:
             assert logits[token] > logits.max() - 0.1
 
 
+@pytest.mark.parametrize("layout", ["plain", "panels"])
+def test_greedy_does_not_depend_on_the_batch(layout: str, tmp_path: Path) -> None:
+    """Rounding to E4M3 would make a difference of the last bit visible."""
+    with closing(start(write(tmp_path), layout=layout)) as engine:
+        asked = [greedy(tokens, 12) for tokens in PROMPTS]
+        alone = [Client(engine, g).wait() for g in asked]
+        clients = [Client(engine, g) for g in asked]
+        assert [c.wait() for c in clients] == alone
+        assert len({tuple(tokens) for tokens in alone}) > 1
+
+
 def test_int8_bytes_are_read(tmp_path: Path) -> None:
     """TensorRT-LLM views int8 weights of an FP8 module as E4M3."""
     folder = write(tmp_path)
@@ -285,6 +296,7 @@ FAULTS: list[tuple[str, str, Callable[[Path], None]]] = [
     ("missing-tensor", f"{QKV}.weights_scaling", edit_tensors(0, lambda t: t.pop(f"{QKV}.weights_scaling_factor"))),
     ("missing-tensor", f"{FC}.activation", edit_tensors(1, lambda t: t.pop(f"{FC}.activation_scaling_factor"))),
     ("missing-tensor", "kv_cache", edit_tensors(0, lambda t: t.pop(f"{QKV[:-3]}kv_cache_scaling_factor"))),
+    ("missing-tensor", "rank1.* has no .*k_cache", put(f"{QKV[:-3]}k_cache_scaling_factor", 1.0)),
     ("unsupported-dtype", "qkv.weight.*BF16", edit_tensors(0, half_bf16)),
     ("bad-scale", f"0.0 as '{FC}.weights", put(f"{FC}.weights_scaling_factor", 0.0)),
     ("bad-scale", "nan", put(f"{QKV}.activation_scaling_factor", float("nan"))),

@@ -13,6 +13,7 @@ import pytest
 from nemobuild.convert import executor, workers
 from nemobuild.convert.executor import convert, prepare
 from nemobuild.convert.sources import source_scales
+from nemobuild.convert.verify import verify
 from nemobuild.convert.workers import Progress
 from nemobuild.errors import NemobuildError, UsageError
 from nemobuild.weights.snapshot import open_snapshot
@@ -100,6 +101,17 @@ def test_unequal_scales_take_the_largest(form: str, tmp_path: Path, monkeypatch:
     assert one.scale > one.source_scale == float(old[one.tensor.removesuffix("weight") + "weight_scale"].reshape(()))
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     assert [r["tensor"] for r in manifest["fp8"]["requantized"]] == [r.tensor for r in report.requantized]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_was_packed_again_is_verified_against_its_fp8_source(form: str, tmp_path: Path) -> None:
+    source = open_snapshot(write_fp8_folder(tmp_path / "fp8", CONFIGS["nas"], form=form), fp8=True)
+    report = convert(source, tmp_path / "out", precision="fp8", kv_cache="fp8")
+    assert report.requantized
+    verified = verify(tmp_path / "out", source)
+    assert verified.findings == ()
+    assert verified.weights[0].error == pytest.approx(report.requantized[0].relative_error, rel=0.5)
+    assert min(w.error for w in verified.weights) == 0
 
 
 def test_a_resumed_run_reports_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -296,6 +296,11 @@ def requantised(factor: float) -> Callable[[Path], None]:
     return change
 
 
+def halves_beside_kv_scale(tensors: dict[str, np.ndarray]) -> None:
+    name = "transformer.layers.0.attention.{}_cache_scaling_factor"
+    tensors |= {name.format(kind): tensors[name.format("kv")] / np.float32(2) for kind in "kv"}
+
+
 def flip(tensors: dict[str, np.ndarray]) -> None:
     tensors[f"{QKV}.weight"].view(np.uint8)[7, 9] ^= 0x08
 
@@ -327,6 +332,11 @@ FAULTS: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         edit_tensors(0, lambda t: t.pop("transformer.layers.0.attention.kv_cache_scaling_factor")),
         "scale",
         "kv_cache",
+    ),
+    "kv-scale-is-not-the-larger": (
+        lambda folder: [edit_tensors(rank, halves_beside_kv_scale)(folder) for rank in (0, 1)],
+        "scale",
+        "keys and values",
     ),
     "zero-scale": (scaled(f"{FC}.weights_scaling_factor", 0.0), "scale", "above zero"),
     "nan-scale": (scaled(f"{FC}.activation_scaling_factor", float("nan")), "scale", "nan"),

@@ -180,6 +180,23 @@ def test_without_data(snapshot: Snapshot, tmp_path: Path) -> None:
     assert names(tmp_path) == ["out"]
 
 
+def test_kv_scales_as_measured(source: Path, texts: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nemobuild", "convert", str(source), "--precision", "fp8", "--kv-cache", "fp8"]
+    scales = {}
+    for choice in ("clamped", "measured"):
+        folder = tmp_path / choice
+        subprocess.run(
+            [*command, "-o", str(folder), "--calibration", str(texts), "--kv-scales", choice],
+            capture_output=True,
+            check=True,
+        )
+        tensors = read_header(folder / "rank0.safetensors")
+        names = [name for name in tensors if name.endswith("kv_cache_scaling_factor")]
+        scales[choice] = {name: float(read_array(tensors[name])[0]) for name in names}
+    assert min(scales["measured"].values()) < 1
+    assert scales["clamped"] == {name: max(value, 1.0) for name, value in scales["measured"].items()}
+
+
 @pytest.mark.parametrize("what", ["activation", "weight"])
 def test_values_that_are_not_finite_leave_nothing_behind(what: str, texts: Path, tmp_path: Path) -> None:
     weights = random_weights(tiny_config())

@@ -106,7 +106,6 @@ def rope(**changes):
         (rope(attention_factor=1.0), "rope_scaling.attention_factor"),
         (tiny_config(tie_word_embeddings="false"), "tie_word_embeddings"),
         (llama_config(num_hidden_layers=100_000_000), "num_hidden_layers"),
-        (tiny_config(quantization_config={"quant_method": "awq"}), "quantization_config"),
         (tiny_config(num_experts=8), "num_experts"),
         (tiny_config(eos_token_id=265), "eos_token_id"),
         (tiny_config(torch_dtype="int8"), "torch_dtype"),

@@ -23,6 +23,10 @@ def convert(
     kv_cache: Annotated[
         str | None, typer.Option(help="Keys and values: bf16 or fp8 (default: the profile's, or bf16).")
     ] = None,
+    kv_scales: Annotated[
+        str | None,
+        typer.Option(help="FP8 KV scales: clamped to at least 1, or measured (default: the profile's, or clamped)."),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(help="trtllm, or hf for FP8 in ModelOpt's form (default: the profile's, or trtllm).")
     ] = None,
@@ -65,19 +69,23 @@ def convert(
         "workers": workers,
     }
     precision = precision or checkpoint.precision
+    if precision != "fp8":
+        only_fp8 = {"calibration": calibration, "samples": samples, "tokens-per-sample": tokens_per_sample}
+        if given := [name for name, value in (only_fp8 | {"kv-scales": kv_scales}).items() if value is not None]:
+            raise UsageError("no-fp8", f"--{given[0]} is for --precision fp8.", next="Add it, or leave this out.")
+    clamp_kv = _clamped(kv_scales or checkpoint.kv_scales, form)
     snapshot = open_snapshot(source_folder(source), fp8=precision == "fp8")
     texts = {
         "calibration": _path(calibration or checkpoint.calibration.texts),
         "samples": samples or checkpoint.calibration.samples,
         "tokens_per_sample": tokens_per_sample or checkpoint.calibration.tokens_per_sample,
         "reasoning": policy,
+        "clamp_kv": clamp_kv,
         "device": device,
     }
     if precision == "fp8":
         report = _to_fp8(snapshot, target, form | texts, resume=resume, quiet=json)
     else:
-        if given := [n for n, v in (("calibration", calibration), ("samples", samples)) if v is not None]:
-            raise UsageError("no-fp8", f"--{given[0]} is for --precision fp8.", next="Add it, or leave this out.")
         report = _to_bf16(snapshot, target, form | {"precision": precision}, resume=resume, quiet=json)
     _show(report, json=json)
 
@@ -156,6 +164,20 @@ def _show(report: Report, *, json: bool) -> None:
     if report.zero_tensors:
         rows.append(("all zero", f"{len(report.zero_tensors)} tensors, such as {report.zero_tensors[0]}"))
     output.result(value, output.table(rows), as_json=json)
+
+
+def _clamped(kv_scales: str, form: dict[str, Any]) -> bool:
+    from nemobuild.errors import UsageError
+
+    if kv_scales not in ("clamped", "measured"):
+        raise UsageError("bad-kv-scales", f"--kv-scales {kv_scales!r} is unknown.", why="Known: clamped, measured.")
+    if kv_scales == "measured" and (form["kv_cache"], form["format"]) != ("fp8", "trtllm"):
+        raise UsageError(
+            "bad-kv-scales",
+            "--kv-scales measured is for --kv-cache fp8 and --format trtllm.",
+            why="A BF16 cache has no scales, and the form hf always holds them as measured.",
+        )
+    return kv_scales == "clamped"
 
 
 def _path(texts: str | None) -> Path | str | None:

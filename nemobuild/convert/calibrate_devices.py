@@ -294,11 +294,8 @@ class _DeviceStream:
 @contextlib.contextmanager
 def blas_threads(count: int) -> Iterator[None]:
     """Let each product use ``count`` threads. Batches side by side share the cores better than one product does."""
-    try:
-        from threadpoolctl import threadpool_limits
-    except ImportError:  # slower, not wrong
-        yield
-        return
+    from threadpoolctl import threadpool_limits
+
     with threadpool_limits(max(1, count), user_api="blas"):
         yield
 

@@ -58,9 +58,9 @@ def _quantized(target: Target, groups: dict[str, str], names: ScaleNames, kv: bo
 def scale_value(ref: ScaleRef, scales: BlockScales, *, clamp_kv: bool) -> float:
     """The number that the tensor of ``ref`` holds. ``scales`` was checked to have it.
 
-    With ``clamp_kv`` KV scales are at least 1: NVIDIA ModelOpt's exporter of this form writes them so, and it is all
-    that the runtimes up to TensorRT-LLM 1.2 were tried with. Keys and values rarely come near 448, so that they lose
-    no more than the lowest values of E4M3, while a scale below 1 is ignored by some readers.
+    With ``clamp_kv`` KV scales are at least 1: NVIDIA ModelOpt's exporter of this form writes them so, it is all that
+    the runtimes up to TensorRT-LLM 1.2 were tried with, and some readers take any scale for 1. It costs what lies below
+    E4M3's smallest normal value, 2**-6: little for the keys and values of large models, much for those of small ones.
     """
     if ref.group is not None:
         value = scales.groups[ref.group].weight if ref.kind == "weight" else scales.groups[ref.group].input

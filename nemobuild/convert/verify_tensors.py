@@ -162,7 +162,21 @@ def check_scales(layout: Layout) -> tuple[dict[tuple[int, str], float], list[tup
         if (other := usable[first.rank, first.name]) != value:
             label = layout.label(first.rank, first.name)
             faults.append((where, f"The scale is {value:.9g}, that of {label} is {other:.9g}; they must be equal."))
-    return usable, faults
+    return usable, faults + _kv_contradictions(layout, usable)
+
+
+def _kv_contradictions(layout: Layout, usable: Mapping[tuple[int, str], float]) -> list[tuple[str, str]]:
+    """Where the one scale that a TensorRT-LLM reader takes for a KV cache is not the larger one of both beside it."""
+    faults = []
+    for (rank, name), value in usable.items():
+        stem, found, _ = name.partition("kv_cache_scaling_factor")
+        both = [usable.get((rank, f"{stem}{kind}_cache_scaling_factor"), 0.0) for kind in "kv"]
+        if found and all(both) and value != max(both):
+            what = (
+                f"The scale is {value:.9g}, the larger one of keys and values is {max(both):.9g}; they must be equal."
+            )
+            faults.append((layout.label(rank, name), what))
+    return faults
 
 
 def dirty_padding(layout: Layout, ranks: range, vocab: int, usable: set[tuple[int, str]]) -> Iterator[str]:

@@ -255,10 +255,6 @@ class _Reader:
             raise self.bad("partial_rotary_factor", "only full rotary embeddings are supported")
         if self.config.get("hidden_act", "silu") not in ("silu", "swish"):
             raise self.bad("hidden_act", f"{self.config['hidden_act']!r} is not supported, only silu")
-        quantization = self.config.get("quantization_config")
-        if quantization is not None:
-            method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-            raise self.bad("quantization_config", f"the weights are quantised ({method!r}), BF16 weights are needed")
 
     def refuse_unknown(self, part: Mapping[str, Any], known: frozenset[str], where: str) -> None:
         for key in part:

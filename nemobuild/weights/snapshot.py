@@ -70,7 +70,6 @@ def open_snapshot(path: Path, *, fp8: bool = False) -> Snapshot:
             f"The weights in {path} are FP8, as {scheme.source.name} says; unquantised ones are needed here.",
             next="Take the BF16 form of the model.",
         )
-    config.pop("quantization_config", None)
     spec = spec_from_config(config, source=str(path / "config.json"))
     index = _read_index(path)
     files = sorted(set(index.values())) if index is not None else [_single_file(path)]

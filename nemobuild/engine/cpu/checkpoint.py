@@ -186,9 +186,13 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     for stage in range(config.pp):
         expected = {name: (shape, dtypes) for name, shape, dtypes in _expected(spec, config, stage)}
         tensor_ranks = ranks[stage * config.tp : (stage + 1) * config.tp]
-        for t, tensors in enumerate(tensor_ranks):
-            _check_rank(folder / f"rank{stage * config.tp + t}.safetensors", tensors, expected)
-        names = [name for name in tensor_ranks[0] if name.endswith("_scaling_factor")]
+        files = [folder / f"rank{stage * config.tp + t}.safetensors" for t in range(config.tp)]
+        for file, tensors in zip(files, tensor_ranks, strict=True):
+            _check_rank(file, tensors, expected)
+        names = {name for tensors in tensor_ranks for name in tensors if name.endswith("_scaling_factor")}
+        for file, tensors in zip(files, tensor_ranks, strict=True):
+            if absent := sorted(names - tensors.keys()):  # some scales are optional, but not on one rank alone
+                raise _bad(file, "missing-tensor", f"has no {absent[0]!r}, which another rank has")
         scales.append({name: _read_scale([tensors[name] for tensors in tensor_ranks]) for name in names})
     return Checkpoint(folder, spec, config, ranks, tuple(scales))
 
