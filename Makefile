@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers quality format generate bench clean
+.PHONY: help demo test test-peers quality format generate bench bench-peers clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,8 +36,12 @@ generate: $(VENV)/.dev ## Write the generated files again
 bench: $(VENV)/.dev ## Run the benchmarks and write their results beside them
 	$(BIN)/python benchmarks/convert_bf16.py
 	$(BIN)/python benchmarks/convert_fp8.py
+	$(BIN)/python benchmarks/calibrate.py
 	$(BIN)/python benchmarks/cpu_runtime.py
 	$(BIN)/python benchmarks/cli_start.py
+
+bench-peers: $(PEERS)/.peers ## Run the benchmark against ModelOpt
+	$(PEERS)/bin/python benchmarks/fp8_vs_modelopt.py
 
 clean: ## Remove what the targets made
 	rm -rf build dist $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -112,7 +112,7 @@ def make_model(folder: Path, config: Mapping[str, Any], blocks: int | None = Non
         room_bytes -= nbytes
     spread = np.random.default_rng(0).standard_normal(16 << 20, np.float32) * np.float32(0.02)
     noise, ones = ((x.view(np.uint32) >> 16).astype(np.uint16) for x in (spread, np.ones(1 << 16, np.float32)))
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, tensors in enumerate(shards):
         file = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
         writer = ShardWriter(folder / file, tensors, metadata={"format": "pt"})
@@ -122,5 +122,5 @@ def make_model(folder: Path, config: Mapping[str, Any], blocks: int | None = Non
                 writer.write(name, values[: (info.nbytes - offset) // 2].data, offset)
             weight_map[name] = file
         writer.close()
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
