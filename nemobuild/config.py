@@ -7,7 +7,7 @@ production. Every field says what it means and in which unit; the JSON Schema an
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -57,11 +57,15 @@ class CheckpointConfig(_Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> CheckpointConfig:
-        if self.precision == "bf16" and (self.kv_cache, self.format) != ("bf16", "trtllm"):
-            raise ValueError("kv_cache fp8 and format hf need precision fp8")
+        if self.precision == "bf16" and self.kv_cache == "fp8":
+            raise ValueError("kv_cache fp8 needs precision fp8")
         if self.kv_scales == "measured" and (self.kv_cache, self.format) != ("fp8", "trtllm"):
             raise ValueError("kv_scales measured needs kv_cache fp8 and format trtllm; the form hf always has them so")
         return self
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor_parallel * self.pipeline_parallel
 
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -88,13 +92,59 @@ class QualityConfig(_Strict):
     )
 
 
+class MachineConfig(_Strict):
+    gpu: str = Field(description="Name in engine_configs/gpus.yaml.")
+    count: Annotated[int, Field(ge=1, le=64)] = Field(
+        default=1, description="Cards; tensor_parallel x pipeline_parallel of them are used."
+    )
+    memory_share: Annotated[float, Field(gt=0, le=1)] = Field(
+        default=1.0, description="Share of each card's memory that the server may take; less on a card that is shared."
+    )
+    container: str = Field(default="26.07", description="Tag in engine_configs/toolchain.yaml to build and serve in.")
+
+
+class BuildConfig(_Strict):
+    max_num_tokens: Tokens | None = Field(
+        default=None, description="Tokens in one step of the engine, over all requests; default: derived."
+    )
+    kv_cache_fraction: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        default=None, description="Share of the memory left after loading that the KV cache takes; default: derived."
+    )
+    gemm_plugin: Literal["auto", "fp8", "disable"] = Field(
+        default="auto", description="trtllm-build's GEMM plugin; FP8 layers use it with fp8 only."
+    )
+    pipeline_split: Literal["even", "balanced"] = Field(
+        default="even", description="Blocks per pipeline rank: equal counts, or equal work where the runtime can."
+    )
+    weight_streaming: bool = Field(
+        default=False, description="Build an engine that can keep a part of its weights in host memory. Slow."
+    )
+    timeout_s: Annotated[int, Field(ge=1)] = Field(default=14400, description="Longest time for trtllm-build.")
+    workers: Annotated[int, Field(ge=1, le=64)] = Field(default=1, description="Ranks built at once, one GPU each.")
+    multiple_profiles: bool = Field(
+        default=False, description="Several optimisation profiles: a longer build, for a sometimes faster engine."
+    )
+
+
 class LimitsConfig(_Strict):
-    max_batch_size: Annotated[int, Field(ge=1, le=4096)] = Field(description="Requests that generate at once.")
+    max_batch_size: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        default=None, description="Requests that generate at once; default: what the KV cache holds."
+    )
     max_context_tokens: Tokens = Field(description="Prompt and answer together, in tokens.")
     max_prompt_tokens: Tokens | None = Field(default=None, description="Longest prompt; default: context less one.")
     default_max_tokens: Tokens = Field(default=1024, description="Answer bound when a request names none.")
+    thinking_tokens: Annotated[int, Field(ge=0, le=1 << 24)] | None = Field(
+        default=None, description="Tokens to expect for thinking before the answer; the plan reserves room for them."
+    )
+    expected_prompt_tokens: Tokens = Field(
+        default=2048, description="Usual length of a prompt; the plan derives the batch size with it, refuses nothing."
+    )
+    min_tokens_per_second: Annotated[float, Field(gt=0)] | None = Field(
+        default=None, description="Slowest stream to accept; bounds a derived batch size by the card's bandwidth."
+    )
     kv_cache_tokens: Tokens | None = Field(
-        default=None, description="KV cache size in tokens over all requests; default: batch size x context."
+        default=None,
+        description="KV cache size in tokens over all requests; default: what fits (cpu: batch size x context).",
     )
     max_queue_size: Annotated[int, Field(ge=1, le=65536)] = Field(default=128, description="Requests that may wait.")
     max_request_bytes: Annotated[int, Field(ge=1024)] = Field(default=8 << 20, description="Bytes of one text field.")
@@ -105,6 +155,11 @@ class LimitsConfig(_Strict):
             raise ValueError("max_prompt_tokens must be less than max_context_tokens")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.max_context_tokens:
             raise ValueError("kv_cache_tokens must hold at least one request of max_context_tokens")
+        if (
+            self.thinking_tokens is not None
+            and self.thinking_tokens + self.default_max_tokens >= self.max_context_tokens
+        ):
+            raise ValueError("thinking_tokens and default_max_tokens together must be less than max_context_tokens")
         return self
 
     @property
@@ -113,7 +168,14 @@ class LimitsConfig(_Strict):
 
     @property
     def kv_pool_tokens(self) -> int:
-        return self.kv_cache_tokens or self.max_batch_size * self.max_context_tokens
+        """Where memory is no question: room for every request at its longest."""
+        return self.kv_cache_tokens or (self.max_batch_size or 1) * self.max_context_tokens
+
+    @property
+    def request_tokens(self) -> int:
+        """What a usual request reserves: its prompt, its thinking and its answer, cut to the context."""
+        wanted = self.expected_prompt_tokens + (self.thinking_tokens or 0) + self.default_max_tokens
+        return min(self.max_context_tokens, wanted)
 
 
 class SamplingConfig(_Strict):
@@ -129,16 +191,47 @@ class ReasoningConfig(_Strict):
     sampling_off: SamplingConfig = Field(default=SamplingConfig())
 
 
+_FORMAT = "checkpoint.format must be hf for the runtime llmapi, trtllm for tensorrt and cpu"
+_EVEN_ONLY = "build.pipeline_split must be even for tensorrt: trtllm-build cuts the blocks into equal counts"
+_STREAMING = "build.weight_streaming needs gemm_plugin disable: what a plugin multiplies with cannot be streamed"
+_TENSORRT_BUILD = ("gemm_plugin", "weight_streaming", "timeout_s", "workers", "multiple_profiles")
+_COUNT = "machine.count must be checkpoint.tensor_parallel x checkpoint.pipeline_parallel"
+
+
 class EngineConfig(_Strict):
     """A profile."""
 
     description: str = Field(description="One sentence for the list of profiles.")
-    runtime: Literal["cpu", "tensorrt"] = Field(description="What runs the tensorrt_llm model inside Triton.")
+    runtime: Literal["cpu", "tensorrt", "llmapi"] = Field(description="What runs the tensorrt_llm model in Triton.")
     model: ModelConfig
+    machine: MachineConfig | None = Field(default=None, description="Where it runs; for tensorrt and llmapi only.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig())
     quality: QualityConfig = Field(default=QualityConfig())
+    build: BuildConfig = Field(default=BuildConfig())
     limits: LimitsConfig
     reasoning: ReasoningConfig
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EngineConfig:
+        gpu, trt = self.runtime != "cpu", self.runtime == "tensorrt"
+        step, batch = self.build.max_num_tokens, self.limits.max_batch_size
+        only_trt = [name for name in _TENSORRT_BUILD if getattr(self.build, name) != getattr(BuildConfig(), name)]
+        rules = (
+            (self.checkpoint.format == ("hf" if self.runtime == "llmapi" else "trtllm"), _FORMAT),
+            ((self.machine is not None) == gpu, "tensorrt and llmapi need the section machine, cpu must not have it"),
+            (self.machine is None or self.machine.count == self.checkpoint.ranks, _COUNT),
+            (trt or not only_trt, f"build.{', '.join(only_trt)} is for the runtime tensorrt only"),
+            (gpu or self.build == BuildConfig(), "the section build is not for the runtime cpu"),
+            (not trt or self.build.pipeline_split == "even", _EVEN_ONLY),
+            (not self.build.weight_streaming or self.build.gemm_plugin == "disable", _STREAMING),
+            (step is None or batch is None or step >= batch, "build.max_num_tokens must be at least max_batch_size"),
+            (gpu or self.limits.max_batch_size is not None, "limits.max_batch_size is needed for the runtime cpu"),
+            (gpu or self.limits.min_tokens_per_second is None, "limits.min_tokens_per_second needs a GPU"),
+        )
+        for holds, problem in rules:
+            if not holds:
+                raise ValueError(problem)
+        return self
 
 
 def profile_names() -> list[str]:
@@ -213,4 +306,5 @@ def _known_keys(location: tuple[int | str, ...]) -> list[str]:
     kind: Any = EngineConfig
     for part in location:
         kind = kind.model_fields[part].annotation
+        kind = next((k for k in get_args(kind) if k is not type(None)), kind)  # an optional section
     return list(kind.model_fields)

@@ -11,32 +11,38 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from nemobuild.errors import ChildFailed
-from nemobuild.triton.server import DEFAULT_PORTS, Endpoint, log_failure, running
+from nemobuild.triton.launch import DEFAULT_PORTS, Endpoint, Launch, Where, read_emitted
+from nemobuild.triton.server import died, running
 
 
 def serve_until_stopped(
-    repository: Path, endpoint: Endpoint, log: Path, ready_timeout_s: float, on_ready: Callable[[Endpoint], None]
+    repository: Path,
+    endpoint: Endpoint,
+    log: Path,
+    *,
+    where: Where,
+    ready_timeout_s: float,
+    on_start: Callable[[Launch], None],
+    on_ready: Callable[[Endpoint], None],
 ) -> None:
-    """Run Triton until SIGINT or SIGTERM. Raises ``ChildFailed`` when it cannot start, or ends by itself."""
+    """Run Triton until SIGINT or SIGTERM. Raises as ``running`` does, also when it ends by itself later."""
     stop = threading.Event()
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
+    server = running(
+        repository,
+        endpoint,
+        log,
+        where=where,
+        ready_timeout_s=ready_timeout_s,
+        on_start=on_start,
+        on_wait=lambda _: _leave_if(stop),
+    )
     try:
-        with (
-            running(
-                repository, endpoint, log, ready_timeout_s=ready_timeout_s, on_wait=lambda _: _leave_if(stop)
-            ) as process,
-            _remembered(endpoint),
-        ):
+        with server as process, _remembered(endpoint):
             on_ready(endpoint)
             while not stop.wait(0.2):
                 if process.poll() is not None:
-                    raise ChildFailed(
-                        "triton-died",
-                        f"Triton ended by itself (status {process.returncode}).",
-                        why=f"{log_failure(log)}.",
-                        next=f"The whole log is in {log}.",
-                    )
+                    raise died(process.returncode, read_emitted(repository), log)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

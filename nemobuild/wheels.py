@@ -110,15 +110,21 @@ def unpack(wheel: Path, member_prefixes: Sequence[str], folder: Path) -> Path:
 
 
 @contextmanager
-def file_lock(path: Path) -> Iterator[None]:
-    """Hold an advisory lock on ``path`` (made when absent); waits for another holder. The kernel frees it on death."""
+def file_lock(path: Path, busy: str | None = None) -> Iterator[None]:
+    """Hold an advisory lock on ``path`` (made when absent). The kernel frees it on death.
+
+    Waits for another holder, or raises ``UsageError`` that says ``busy``.
+    """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = path.open("wb")
     except OSError as error:
         raise from_os_error(error, path, "opening the lock file") from error
     with handle:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if busy is None else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError("busy", str(busy), next="Wait for it, then run the same command again.") from error
         yield
 
 

@@ -13,13 +13,30 @@ import subprocess
 import sys
 from pathlib import Path
 
-from nemobuild.config import EngineConfig, load_profile, profile_names
+import yaml
+
+from nemobuild.cli.plan import as_text
+from nemobuild.config import EngineConfig, profile_names
+from nemobuild.engine.llmapi import model_yaml
+from nemobuild.places import load_plan
+from nemobuild.plan.gpus import gpus
+from nemobuild.plan.picture import svg_picture
+from nemobuild.plan.report import as_json
+from nemobuild.plan.toolchain import toolchains
 from nemobuild.runtime.fields import INPUTS, OUTPUTS
 from nemobuild.triton.models import repository_models
 from nemobuild.triton.pbtxt import render
+from nemobuild.units import format_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
-COMMANDS = ("profiles", "inspect", "fetch", "convert", "verify", "repo", "serve", "chat")
+COMMANDS = (
+    *("profiles", "inspect", "plan", "fetch", "convert", "verify", "build"),
+    *("repo", "repo emit", "repo check", "serve", "chat", "doctor"),
+)
+# One of each runtime: the others differ in their limits only.
+GOLDEN_REPOSITORIES = ("smollm2-nas-cpu", "super-49b-v1.5-h100-fp8", "super-49b-v1.5-h100-fp8-llmapi")
+# Profile and card: one that fits, one that does not.
+PLANS = (("super-49b-v1.5-h100-fp8", None), ("super-49b-v1.5-h200-bf16", "h100-sxm"))
 NOTE = "<!-- made by `make generate` -->\n\n"
 
 
@@ -27,7 +44,7 @@ def cli_reference() -> str:
     parts = ["# Commands\n\n" + NOTE]
     environment = os.environ | {"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"}
     for command in ("", *COMMANDS):
-        arguments = [command, "--help"] if command else ["--help"]
+        arguments = [*command.split(), "--help"]
         done = subprocess.run(
             [sys.executable, "-m", "nemobuild", *arguments], capture_output=True, text=True, check=True, env=environment
         )
@@ -39,14 +56,51 @@ def cli_reference() -> str:
 def profile_table() -> str:
     lines = [
         "# Profiles\n\n" + NOTE,
-        "| profile | runtime | precision | ranks | context | what it is |\n|---|---|---|---|---|---|\n",
+        "| profile | runtime | machine | precision | context | requests | KV cache | what it is |\n",
+        "|---|---|---|---|---|---|---|---|\n",
     ]
     for name in profile_names():
-        p = load_profile(name)
-        ranks = p.checkpoint.tensor_parallel * p.checkpoint.pipeline_parallel
-        context = p.limits.max_context_tokens
-        lines.append(f"| `{name}` | {p.runtime} | {p.checkpoint.precision} | {ranks} | {context} | {p.description} |\n")
+        made = load_plan(name)
+        p = made.profile
+        machine = "this machine" if p.machine is None else f"{p.machine.count} x {p.machine.gpu}"
+        lines.append(
+            f"| `{name}` | {p.runtime} | {machine} | {p.checkpoint.precision} | {p.limits.max_context_tokens:,} | "
+            f"{made.max_batch_size} | {made.kv_cache_tokens:,} tokens | {p.description} |\n"
+        )
     return "".join(lines)
+
+
+def planning() -> str:
+    """Cards, containers, and two plans as they are shown."""
+    lines = ["# Planning\n\n" + NOTE, "## Cards\n\n"]
+    lines.append(
+        "| name | card | memory | compute | bandwidth | BF16 / FP8 dense | note |\n|---|---|---|---|---|---|---|\n"
+    )
+    for gpu in gpus():
+        fp8 = "no FP8" if gpu.fp8_flops is None else f"{gpu.fp8_flops / 1e12:,.0f} TFLOP/s"
+        lines.append(
+            f"| `{gpu.name}` | {gpu.title} | {format_bytes(gpu.memory_bytes)} | {gpu.sm[0]}.{gpu.sm[1]} | "
+            f"{gpu.bandwidth_bytes_per_s / 1e12:.2f} TB/s | {gpu.bf16_flops / 1e12:,.0f} / {fp8} | "
+            f"{' '.join(gpu.notes)} |\n"
+        )
+    lines.append(
+        "\n## Containers\n\n| tag | TensorRT-LLM | TensorRT | CUDA | driver | runtimes |\n|---|---|---|---|---|---|\n"
+    )
+    for tag, chain in toolchains().items():
+        fields = (
+            tag,
+            chain.trtllm,
+            chain.tensorrt,
+            chain.cuda,
+            chain.driver or "not listed",
+            ", ".join(chain.runtimes),
+        )
+        lines.append(f"| {' | '.join(fields)} |\n")
+    lines.append("\n## A plan that fits\n\n![memory and ceilings](plan.svg)\n\n")
+    for title, (name, gpu_name) in (("", PLANS[0]), ("## A plan that does not\n\n", PLANS[1])):
+        option = f" --gpu {gpu_name}" if gpu_name else ""
+        lines.append(f"{title}```text\n$ nemobuild plan {name}{option}\n{as_text(load_plan(name, gpu_name))}\n```\n\n")
+    return "".join(lines).rstrip() + "\n"
 
 
 def field_table() -> str:
@@ -97,13 +151,23 @@ def generated() -> dict[Path, str]:
     files = {
         ROOT / "docs" / "commands.md": cli_reference(),
         ROOT / "docs" / "profiles.md": profile_table(),
+        ROOT / "docs" / "planning.md": planning(),
+        ROOT / "docs" / "plan.svg": svg_picture(load_plan(PLANS[0][0])),
         ROOT / "docs" / "requests.md": field_table(),
         ROOT / "docs" / "errors.md": error_codes(),
         ROOT / "engine_configs" / "schema.json": json.dumps(EngineConfig.model_json_schema(), indent=1) + "\n",
     }
-    for name in profile_names():
-        for model in repository_models(load_profile(name)):
-            files[ROOT / "tests" / "golden" / name / f"{model.name}.pbtxt"] = render(model)
+    for name in filter(lambda name: name.startswith("super-49b-v1.5"), profile_names()):
+        made = load_plan(name)
+        golden = ROOT / "tests" / "golden" / "plan"
+        files[golden / f"{name}.txt"] = as_text(made, explain=True) + "\n"
+        files[golden / f"{name}.json"] = json.dumps(as_json(made), indent=1) + "\n"
+    for name in GOLDEN_REPOSITORIES:
+        plan = load_plan(name)
+        golden = ROOT / "tests" / "golden" / name
+        files |= {golden / f"{model.name}.pbtxt": render(model) for model in repository_models(plan)}
+        if plan.profile.runtime == "llmapi":
+            files[golden / "model.yaml"] = yaml.safe_dump(model_yaml(plan, "checkpoint"), sort_keys=False)
     return files
 
 

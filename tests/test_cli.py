@@ -89,7 +89,7 @@ def test_a_checkpoint_that_differs_ends_with_7(tmp_path):
         (("frobnicate",), 2, "frobnicate"),
         (("convert", "hf", "-o", "/etc/passwd/x/y"), 2, "/etc/passwd"),
         (("convert", "hf", "-o", "new/x", "--tp", "7"), 2, "7"),
-        (("repo", "smollm2-cpu", "--source", "hf", "--engine", "hf", "-o", "x"), 2, "max_context_tokens"),
+        (("repo", "smollm2-cpu", "--source", "hf", "--engine", "hf", "-o", "x"), 5, "hidden_size"),
         (("verify", "hf", "--against", "bare", "--prompt", "hello"), 5, "tokenizer.json"),
         (("chat", "hi", "--tools", "bytes.json"), 5, "UTF-8"),
         (("chat", "hi", "--max-tokens", "99999999999"), 2, "max_tokens"),

@@ -423,7 +423,7 @@ def test_a_model_larger_than_the_disk_is_refused_before_anything_is_written(tmp_
     with pytest.raises(DoesNotFit) as caught:
         convert(open_snapshot(folder), tmp_path / "out")
     assert caught.value.code == "disk-full"
-    assert "before the first weight" in caught.value.why
+    assert "before the work begins" in caught.value.why
     assert [f.name for f in tmp_path.iterdir()] == ["m"]
 
 

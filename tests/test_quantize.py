@@ -30,8 +30,6 @@ ROOT = Path(__file__).parents[1]
 
 # Slow in both halves, and flushed after every job, so that a kill finds it anywhere.
 CHILD = r"""
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 import os, sys, time
 from pathlib import Path
 from nemobuild.convert import calibrate, executor, workers

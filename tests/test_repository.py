@@ -12,27 +12,18 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2 as pb
 
-from nemobuild.config import EngineConfig, load_profile, profile_names
+from nemobuild.config import profile_names
 from nemobuild.convert.executor import convert
 from nemobuild.errors import DoesNotFit, IntegrityError, UsageError
+from nemobuild.places import load_plan
 from nemobuild.triton.contract import CPP_PARAMETERS, ENGINE_INPUTS, ENGINE_OUTPUTS, Tensor
 from nemobuild.triton.models import repository_models
 from nemobuild.triton.pbtxt import TritonModel, render, to_message
 from nemobuild.triton.repository import RepositoryPlan, plan_repository, write_repository
 from nemobuild.weights.snapshot import open_snapshot
 from tests import templates
+from tests.plans import planned
 from tests.tiny import tiny_config, write_model
-
-
-def profile(**changes) -> EngineConfig:
-    data = {
-        "description": "Tiny.",
-        "runtime": "cpu",
-        "model": {"source": "tiny"},
-        "limits": {"max_batch_size": 4, "max_context_tokens": 256, "default_max_tokens": 32},
-        "reasoning": {"policy": "nemotron-super-v1.5"},
-    }
-    return EngineConfig.model_validate(data | changes)
 
 
 @pytest.fixture(scope="module")
@@ -47,17 +38,17 @@ def checkpoint(source, tmp_path_factory):
 
 def test_every_config_parses_and_says_what_the_record_says():
     for name in profile_names():
-        for model in repository_models(load_profile(name)):
+        for model in repository_models(load_plan(name)):
             message = text_format.Parse(render(model), pb.ModelConfig())
             assert message == to_message(model)
             assert [i.name for i in message.input] == [t.name for t in model.inputs]
             assert message.max_batch_size > 0
 
 
-@pytest.mark.parametrize("runtime", ["cpu", "tensorrt"])
+@pytest.mark.parametrize("runtime", ["cpu", "tensorrt", "llmapi"])
 def test_the_ensemble_is_wired_without_a_gap(runtime):
     """Every inner tensor has one producer and the type and shape its consumers ask for; nothing is left over."""
-    models = {m.name: m for m in repository_models(profile(runtime=runtime))}
+    models = {m.name: m for m in repository_models(planned(runtime))}
     ensemble = models["ensemble"]
     known = {t.name: t for t in ensemble.inputs}
     used = {t.name for t in ensemble.outputs}.union(*(step.inputs.values() for step in ensemble.steps))
@@ -78,10 +69,12 @@ def test_the_ensemble_is_wired_without_a_gap(runtime):
         assert (known[tensor.name].type, known[tensor.name].dims) == (tensor.type, tensor.dims)
 
 
-def test_the_engine_has_the_tensors_of_the_contract_on_both_runtimes():
-    cpu, cpp = (repository_models(profile(runtime=r))[-1] for r in ("cpu", "tensorrt"))
-    assert cpu.inputs == cpp.inputs == ENGINE_INPUTS and cpu.outputs == cpp.outputs == ENGINE_OUTPUTS
-    assert cpu.decoupled and cpp.decoupled and cpp.backend == "tensorrtllm"
+def test_the_engine_has_the_tensors_of_the_contract_on_all_runtimes():
+    cpu, llm, cpp = (repository_models(planned(r))[-1] for r in ("cpu", "llmapi", "tensorrt"))
+    for model in (cpu, llm, cpp):
+        assert (model.inputs, model.outputs) == (ENGINE_INPUTS, ENGINE_OUTPUTS)
+        assert model.decoupled and model.max_batch_size == 4
+    assert (cpu.backend, llm.backend, cpp.backend) == ("python", "python", "tensorrtllm")
     required = {t.name for t in cpp.inputs if not t.optional}
     assert required == {"input_lengths", "request_output_len"}
     message = to_message(cpp)
@@ -93,13 +86,26 @@ def test_the_engine_has_the_tensors_of_the_contract_on_both_runtimes():
     assert len({t.name for t in ENGINE_OUTPUTS}) == len(ENGINE_OUTPUTS)
 
 
+def test_the_parameters_of_the_cpp_backend_follow_the_plan():
+    plan = planned("tensorrt")
+    parameters = to_message(repository_models(plan)[-1]).parameters
+    assert float(parameters["kv_cache_free_gpu_mem_fraction"].string_value) == plan.profile.build.kv_cache_fraction
+    assert "max_tokens_in_paged_kv_cache" not in parameters and "gpu_weights_percent" not in parameters
+    limits = {"max_batch_size": 4, "max_context_tokens": 256, "default_max_tokens": 32, "kv_cache_tokens": 2048}
+    streamed = {"weight_streaming": True, "gemm_plugin": "disable"}
+    plan = planned("tensorrt", limits=limits, build=streamed)
+    parameters = to_message(repository_models(plan)[-1]).parameters
+    assert parameters["max_tokens_in_paged_kv_cache"].string_value == "2048"
+    assert float(parameters["gpu_weights_percent"].string_value) == plan.weights_on_gpu
+
+
 def test_a_value_that_the_schema_does_not_know_fails():
     with pytest.raises(ValueError, match="TYPE_FLOAT"):
         render(TritonModel("m", (Tensor("x", "FLOAT"),), ()))
 
 
 def test_it_stands_alone_wherever_it_is_put(source, checkpoint, tmp_path):
-    made = write_repository(plan_repository(profile(), source, checkpoint), tmp_path / "here")
+    made = write_repository(plan_repository(planned(), source, checkpoint), tmp_path / "here")
     moved = tmp_path / "there" / "renamed"
     shutil.copytree(made, moved)
     shutil.rmtree(made)
@@ -130,25 +136,26 @@ def test_it_stands_alone_wherever_it_is_put(source, checkpoint, tmp_path):
 
 
 def test_the_same_inputs_give_the_same_bytes(source, checkpoint):
-    first, second = (plan_repository(profile(), source, checkpoint).files for _ in range(2))
+    first, second = (plan_repository(planned(), source, checkpoint).files for _ in range(2))
     assert first == second
-    other = plan_repository(profile(reasoning={"policy": "nemotron-super-v1.5", "default": "off"}), source, checkpoint)
+    other = plan_repository(planned(reasoning={"policy": "nemotron-super-v1.5", "default": "off"}), source, checkpoint)
     differing = {name for name, content in other.files.items() if first[name] != content}
     models = ("chat", "preprocessing", "postprocessing")
     assert differing == {"manifest.json", *(f"{m}/1/assets/runtime.json" for m in models)}
 
 
 def test_the_manifest_names_every_file(source, checkpoint):
-    files = plan_repository(profile(), source, checkpoint).files
+    files = plan_repository(planned(), source, checkpoint).files
     manifest = json.loads(files["manifest.json"])
     assert set(manifest["files"]) == set(files) - {"manifest.json"}
     assert len(manifest["key"]) == 64 and manifest["profile"]["runtime"] == "cpu"
+    assert manifest["engine"]["key"] == json.loads((checkpoint / "manifest.json").read_text())["key"]
 
 
 def test_end_ids_of_the_generation_config_come_first(source, checkpoint, tmp_path):
     folder = shutil.copytree(source, tmp_path / "hf")
     (folder / "generation_config.json").write_text('{"eos_token_id": [261, 260]}')
-    files = plan_repository(profile(), folder, checkpoint).files
+    files = plan_repository(planned(), folder, checkpoint).files
     assert json.loads(files["chat/1/assets/runtime.json"])["end_token_ids"] == [261, 260, 257]
 
 
@@ -158,10 +165,10 @@ def test_named_templates_and_template_files(source, checkpoint, tmp_path):
     (folder / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": [{"name": "default", "template": text}]})
     )
-    assert plan_repository(profile(), folder, checkpoint).files["chat/1/assets/chat_template.jinja"] == text.encode()
+    assert plan_repository(planned(), folder, checkpoint).files["chat/1/assets/chat_template.jinja"] == text.encode()
     (folder / "chat_template.jinja").write_text(text + "{# file #}")
     assert (
-        plan_repository(profile(), folder, checkpoint)
+        plan_repository(planned(), folder, checkpoint)
         .files["chat/1/assets/chat_template.jinja"]
         .endswith(b"{# file #}")
     )
@@ -198,42 +205,42 @@ def test_a_broken_source_is_found_before_anything_is_written(source, checkpoint,
     folder = shutil.copytree(source, tmp_path / "hf")
     damage(folder)
     with pytest.raises(kind, match=words):
-        plan_repository(profile(), folder, checkpoint)
+        plan_repository(planned(), folder, checkpoint)
 
 
-def test_limits_policies_and_ranks_must_fit(source, checkpoint, tmp_path):
-    limits = {"max_batch_size": 4, "max_context_tokens": 513, "default_max_tokens": 32}
-    with pytest.raises(UsageError, match="max_context_tokens"):
-        plan_repository(profile(limits=limits), source, checkpoint)
+def test_policies_and_ranks_must_fit(source, checkpoint, tmp_path):
     with pytest.raises(UsageError, match=r"nemotron-v1"):
-        plan_repository(profile(reasoning={"policy": "nemotron-v2"}), source, checkpoint)
+        plan_repository(planned(reasoning={"policy": "nemotron-v2"}), source, checkpoint)
     with pytest.raises(IntegrityError, match="rank1"):
-        plan_repository(profile(checkpoint={"tensor_parallel": 2}), source, checkpoint)
+        plan_repository(planned(checkpoint={"tensor_parallel": 2}), source, checkpoint)
     with pytest.raises(UsageError, match=r"config\.json"):
-        plan_repository(profile(), source, tmp_path)
+        plan_repository(planned(), source, tmp_path)
 
 
 def test_the_checkpoint_must_be_of_the_same_model_and_split(source, checkpoint, tmp_path):
     other = write_model(tmp_path / "other", tiny_config(rope_theta=20000.0), template=templates.SUPER_V15)
     with pytest.raises(IntegrityError, match="rope"):
-        plan_repository(profile(reasoning={"policy": "none"}), other, checkpoint)
+        plan_repository(planned(), other, checkpoint)
+    made = convert(open_snapshot(other), tmp_path / "made").output
+    with pytest.raises(IntegrityError, match="rope"):
+        plan_repository(planned(), source, made)
     split = convert(open_snapshot(source), tmp_path / "split", pp=2).output
     with pytest.raises(IntegrityError, match="pp 2"):
-        plan_repository(profile(checkpoint={"tensor_parallel": 2}), source, split)
+        plan_repository(planned(checkpoint={"tensor_parallel": 2}), source, split)
 
 
 def test_other_weights_give_another_key(source, checkpoint, tmp_path):
     other = write_model(tmp_path / "other", seed=1, template=templates.SUPER_V15.replace("tool_notes", "''"))
     made = convert(open_snapshot(other), tmp_path / "checkpoint").output
     first, second = (
-        json.loads(plan_repository(profile(), s, c).files["manifest.json"])["key"]
+        json.loads(plan_repository(planned(), s, c).files["manifest.json"])["key"]
         for s, c in ((source, checkpoint), (other, made))
     )
     assert first != second
 
 
 def test_the_target_is_whole_or_not_there(source, checkpoint, tmp_path):
-    plan = plan_repository(profile(), source, checkpoint)
+    plan = plan_repository(planned(), source, checkpoint)
     (tmp_path / "taken").mkdir()
     with pytest.raises(UsageError, match="exists already"):
         write_repository(plan, tmp_path / "taken")
@@ -257,7 +264,7 @@ def test_a_full_disk_leaves_nothing(source, checkpoint, tmp_path):
         pytest.skip("mounting is not permitted here")
     try:
         with pytest.raises(DoesNotFit, match="disk is full"):
-            write_repository(plan_repository(profile(), source, checkpoint), small / "repository")
+            write_repository(plan_repository(planned(), source, checkpoint), small / "repository")
         assert list(small.iterdir()) == []
     finally:
         subprocess.run(["umount", str(small)], check=True)

@@ -27,8 +27,6 @@ TP = 2
 
 # Slow and flushed after every job, so that a kill finds it anywhere and the journal has something to tell.
 CHILD = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so would we
 import sys, time
 from pathlib import Path
 from nemobuild.convert import executor, workers

@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemobuild.engine.cpu import Generation, RequestError
-from nemobuild.engine.cpu.request import Limits, check
 from nemobuild.engine.cpu.sampler import Sampler, shortlist
+from nemobuild.engine.request import Limits, check
 
 VOCAB = 40
 LIMITS = Limits(VOCAB, 64, 64)

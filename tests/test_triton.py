@@ -20,14 +20,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemobuild.config import EngineConfig
 from nemobuild.convert.executor import convert
 from nemobuild.errors import UsageError
+from nemobuild.model.hf_config import load_json
 from nemobuild.triton.client import stream, whole
 from nemobuild.triton.repository import plan_repository, write_repository
 from nemobuild.triton.server import choose_endpoint, running
 from nemobuild.weights.snapshot import open_snapshot
 from tests import templates
+from tests.plans import planned
 from tests.scripted import CLOSED, write_scripted
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -52,23 +53,19 @@ def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
     source = write_scripted(folder / "hf", SCRIPTS, TEMPLATE, loops=("L",))
     checkpoint = convert(open_snapshot(source), folder / "checkpoint", tp=2).output
-    profile = EngineConfig.model_validate(
-        {
-            "description": "Says known texts.",
-            "runtime": "cpu",
-            "model": {"source": "scripted"},
-            "checkpoint": {"tensor_parallel": 2},
-            "limits": {
-                "max_batch_size": 32,
-                "max_context_tokens": 4000,
-                "default_max_tokens": 400,
-                "kv_cache_tokens": 40000,
-                "max_queue_size": 32,
-            },
-            "reasoning": {"policy": "nemotron-super-v1.5", "default": "on"},
-        }
+    plan = planned(
+        config=load_json(source / "config.json"),
+        checkpoint={"tensor_parallel": 2},
+        limits={
+            "max_batch_size": 32,
+            "max_context_tokens": 4000,
+            "default_max_tokens": 400,
+            "kv_cache_tokens": 40000,
+            "max_queue_size": 32,
+        },
+        reasoning={"policy": "nemotron-super-v1.5", "default": "on"},
     )
-    emitted = write_repository(plan_repository(profile, source, checkpoint), folder / "emitted")
+    emitted = write_repository(plan_repository(plan, source, checkpoint), folder / "emitted")
     shutil.rmtree(source)
     shutil.rmtree(checkpoint)
     return emitted.rename(folder / "moved")  # nothing that it was made from is needed any more

@@ -7,10 +7,13 @@ from typing import Annotated
 import typer
 
 from nemobuild import __version__
+from nemobuild.cli.build import build
 from nemobuild.cli.chat import chat
 from nemobuild.cli.convert import convert
+from nemobuild.cli.doctor import doctor
 from nemobuild.cli.fetch import fetch
 from nemobuild.cli.inspect import inspect
+from nemobuild.cli.plan import plan
 from nemobuild.cli.profiles import profiles
 from nemobuild.cli.repo import repo
 from nemobuild.cli.serve import serve
@@ -40,5 +43,6 @@ def _root(
     pass
 
 
-for command in (profiles, inspect, fetch, convert, verify, repo, serve, chat):
+for command in (profiles, inspect, plan, fetch, convert, verify, build, serve, chat, doctor):
     app.command()(command)
+app.add_typer(repo, name="repo")

@@ -83,7 +83,7 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
         task = bar.add_task(title, total=None)
 
         def show(done: int, total: int, now: str = "") -> None:
-            bar.update(task, completed=done, total=total, description=f"{title} {now}".rstrip())
+            bar.update(task, completed=done, total=total or None, description=f"{title} {now}".rstrip())
 
         yield show
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -22,25 +23,44 @@ def serve(
     log: Annotated[
         Path | None, typer.Option(help="Triton's log; default: NAME.triton.log beside the repository.")
     ] = None,
+    container: Annotated[
+        bool | None,
+        typer.Option(
+            "--container/--local",
+            help="Serve tensorrt and llmapi in the profile's container, or with the Triton of this machine; "
+            "default: this machine's if it can.",
+        ),
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
     json: Json = False,
 ) -> None:
     """Serve a repository with Triton over gRPC and HTTP, until Ctrl-C."""
     from nemobuild.places import is_profile, place
     from nemobuild.serving import serve_until_stopped
-    from nemobuild.triton.server import Endpoint, choose_endpoint
+    from nemobuild.triton.launch import Endpoint, Launch
+    from nemobuild.triton.server import choose_endpoint
 
     repository = place(what, "repository") if is_profile(what) and not Path(what).is_dir() else Path(what)
     endpoint = choose_endpoint(host, (http_port, grpc_port, metrics_port))
     log = log or repository.resolve().with_name(f"{repository.resolve().name}.triton.log")
 
-    def show(ready: Endpoint) -> None:
+    def show_start(launch: Launch) -> None:
+        if not json:
+            output.hint(f"starting Triton, log in {log}\n{shlex.join(launch.command)}")
+
+    def show_ready(ready: Endpoint) -> None:
         value = {"http": ready.http_url, "grpc": ready.grpc_url, "metrics_port": ready.metrics_port, "log": str(log)}
         text = f'ready  gRPC {ready.grpc_url}  HTTP {ready.http_url}\ntry    nemobuild chat "Hello"\nstop   Ctrl-C'
         output.result(value, text, as_json=json)
         output.piece("")
 
-    if not json:
-        output.hint(f"starting Triton, log in {log}")
-    serve_until_stopped(repository, endpoint, log, timeout_s, show)
+    serve_until_stopped(
+        repository,
+        endpoint,
+        log,
+        where="auto" if container is None else "container" if container else "local",
+        ready_timeout_s=timeout_s,
+        on_start=show_start,
+        on_ready=show_ready,
+    )
     output.hint("stopped")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,8 +17,8 @@ from nemobuild.convert.journal import partial_folder
 from nemobuild.convert.sources import SourceScales, source_scales
 from nemobuild.convert.tensor_map import TensorMap, as_matrix, check
 from nemobuild.convert.workers import CHUNK_BYTES, JOB_BYTES, default_workers
-from nemobuild.errors import DoesNotFit, UsageError, from_os_error
-from nemobuild.units import format_bytes
+from nemobuild.errors import UsageError, from_os_error
+from nemobuild.folders import check_free
 from nemobuild.weights.safetensors import ITEM_BYTES
 from nemobuild.weights.snapshot import Snapshot
 
@@ -118,24 +117,14 @@ def identity(plan: Plan) -> dict[str, str]:
 
 
 def check_space(output: Path, plan: Plan) -> None:
-    folder, partial = output.parent, partial_folder(output)
+    """Raise ``DoesNotFit`` when the disk is too small for what is still to be written."""
+    partial = partial_folder(output)
     try:
-        folder = next(p for p in output.parents if p.exists())
-        system = os.statvfs(folder)
         reserved_bytes = sum(f.stat().st_blocks * 512 for f in partial.iterdir()) if partial.is_dir() else 0
     except OSError as error:
-        raise from_os_error(error, folder, "looking at") from error
-    free_bytes = system.f_bavail * system.f_frsize
+        raise from_os_error(error, partial, "looking at") from error
     carried_bytes = sum(path.stat().st_size for path in plan.product.carried.values())
-    needed_bytes = plan.target_bytes + carried_bytes + SMALL_FILES_BYTES - reserved_bytes
-    # Pseudo file systems have no size at all; what they refuse shows when the folder is made.
-    if system.f_blocks and free_bytes < needed_bytes:
-        raise DoesNotFit(
-            "disk-full",
-            f"{folder} has {format_bytes(free_bytes)} free; the checkpoint needs {format_bytes(needed_bytes)}.",
-            why="Space is checked before the first weight is read.",
-            next="Free some space or choose another folder.",
-        )
+    check_free(output.parent, plan.target_bytes + carried_bytes + SMALL_FILES_BYTES - reserved_bytes, "the checkpoint")
 
 
 def _digest(path: Path) -> str:

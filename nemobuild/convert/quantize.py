@@ -10,7 +10,6 @@ A kill leaves two folders beside the output: the executor's partial one and the 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from nemobuild.convert.samples import SampleSet, default_calibration, load_sampl
 from nemobuild.convert.scales import BlockScales
 from nemobuild.convert.workers import Progress
 from nemobuild.errors import DoesNotFit, NemobuildError, UsageError
+from nemobuild.folders import check_free
 from nemobuild.units import format_bytes
 from nemobuild.weights.snapshot import Snapshot
 
@@ -195,19 +195,13 @@ def check_room(plan: QuantizePlan, output: Path) -> None:
                 why="Two blocks of weights and the residual streams of all samples are held there.",
                 next="Give fewer --samples, or --device cpu.",
             )
-    folder = next(p for p in output.parents if p.exists())
-    system = os.statvfs(folder)
     kept = [f for d in (partial_folder(output), calibration_folder(output)) if d.is_dir() for f in d.iterdir()]
-    needed_bytes = plan.disk_bytes - sum(f.stat().st_blocks * 512 for f in kept)
-    free_bytes = system.f_bavail * system.f_frsize
-    if system.f_blocks and free_bytes < needed_bytes:
-        raise DoesNotFit(
-            "disk-full",
-            f"{folder} has {format_bytes(free_bytes)} free; the checkpoint and the samples between two blocks need "
-            f"{format_bytes(needed_bytes)}.",
-            why="Space is checked before the first weight is read.",
-            next="Free some space, choose another folder, or give fewer --samples.",
-        )
+    check_free(
+        output.parent,
+        plan.disk_bytes - sum(f.stat().st_blocks * 512 for f in kept),
+        "the checkpoint with the samples between two blocks",
+        "Free some space, choose another folder, or give fewer --samples.",
+    )
 
 
 def available_memory_bytes() -> int | None:

@@ -11,12 +11,11 @@ passed to constructors that refuse unknown ones.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any
 
 from nemobuild.convert.fp8_map import ScaleNames
 from nemobuild.convert.tensor_map import Piece, Target, TensorMap
-from nemobuild.errors import UsageError
+from nemobuild.model.parallel import check_parallel, pipeline_ranges
 from nemobuild.model.spec import Attention, Block, Linear, Mlp, ModelSpec, NoOp
 
 DTYPE = "BF16"
@@ -72,33 +71,6 @@ def checkpoint_config(
 def is_deci(spec: ModelSpec) -> bool:
     """Whether the blocks may differ, so that the checkpoint needs ``DeciLMForCausalLM``."""
     return spec.model_type != "llama"
-
-
-def check_parallel(spec: ModelSpec, tp: int, pp: int) -> None:
-    """Raise ``UsageError`` when the model cannot be split over ``tp`` x ``pp`` ranks."""
-    layers = len(spec.blocks)
-    if tp < 1 or pp < 1:
-        raise _cannot_split(f"tp {tp} and pp {pp} must be at least 1")
-    if pp > layers:
-        raise _cannot_split(f"pp {pp} is more than the {layers} blocks of the model")
-    if spec.query_heads % tp:
-        raise _cannot_split(f"tp {tp} does not divide the {spec.query_heads} query heads")
-    for i, block in enumerate(spec.blocks):
-        if isinstance(block.attention, Attention):
-            kv_heads = block.attention.kv_heads
-            if kv_heads % tp and tp % kv_heads:
-                raise _cannot_split(f"tp {tp} neither divides the {kv_heads} KV heads of block {i} nor is a multiple")
-        if isinstance(block.ffn, Mlp) and block.ffn.width % tp:
-            raise _cannot_split(f"tp {tp} does not divide the {block.ffn.width} FFN channels of block {i}")
-        if spec.hidden_size % tp and Linear in (type(block.attention), type(block.ffn)):
-            raise _cannot_split(f"tp {tp} does not divide the {spec.hidden_size} channels of the linear block {i}")
-
-
-def pipeline_ranges(layers: int, pp: int) -> list[range]:
-    """Blocks of every pipeline rank, as ``torch.tensor_split`` cuts: the first ``layers % pp`` ranks get one more."""
-    size, more = divmod(layers, pp)
-    starts = [rank * size + min(rank, more) for rank in range(pp + 1)]
-    return [range(a, b) for a, b in pairwise(starts)]
 
 
 def tensor_map(spec: ModelSpec, tp: int = 1, pp: int = 1) -> TensorMap:
@@ -219,7 +191,3 @@ def _rotary_scaling(spec: ModelSpec) -> dict[str, Any] | None:
         "high_freq_factor": scaling.high_freq_factor,
         "original_max_position_embeddings": scaling.original_max_position_embeddings,
     }
-
-
-def _cannot_split(problem: str) -> UsageError:
-    return UsageError("cannot-split", f"The model cannot be split so: {problem}.", next="Choose another --tp or --pp.")

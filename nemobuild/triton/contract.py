@@ -112,8 +112,8 @@ def by_name(tensors: tuple[Tensor, ...], names: tuple[str, ...]) -> tuple[Tensor
     return tuple(table[name] for name in names)
 
 
-# Parameters of the C++ backend. Keys without a default must be present; three of them are read unguarded,
-# although their values may be empty.
+# Parameters of the C++ backend with the values that do not depend on the plan. Three are read unguarded, so their keys
+# must be present although they may be empty.
 CPP_PARAMETERS: dict[str, str] = {
     "gpt_model_type": "inflight_fused_batching",
     "gpt_model_path": "tensorrt_llm/1",
@@ -124,7 +124,6 @@ CPP_PARAMETERS: dict[str, str] = {
     "xgrammar_tokenizer_info_path": "",
     "max_beam_width": "1",
     "batch_scheduler_policy": "guaranteed_no_evict",
-    "kv_cache_free_gpu_mem_fraction": "0.9",
     "enable_kv_cache_reuse": "true",
     "enable_chunked_context": "true",
     "exclude_input_in_output": "true",
@@ -132,3 +131,17 @@ CPP_PARAMETERS: dict[str, str] = {
     "cancellation_check_period_ms": "100",
     "decoding_mode": "top_k_top_p",
 }
+CPP_PRESENT = ("tokenizer_dir", "guided_decoding_backend", "xgrammar_tokenizer_info_path")
+CPP_SET = ("gpt_model_type", "gpt_model_path", "exclude_input_in_output")
+CPP_BATCHING = ("inflight_fused_batching", "inflight_batching")
+# What else the backend reads. Anything but these is a slip of the pen, which it would not report.
+CPP_OPTIONAL: frozenset[str] = frozenset(
+    """encoder_model_path max_tokens_in_paged_kv_cache max_attention_window_size sink_token_length
+    kv_cache_free_gpu_mem_fraction cross_kv_cache_fraction kv_cache_host_memory_bytes kv_cache_onboard_blocks
+    stats_check_period_ms recv_poll_period_ms iter_stats_max_iterations request_stats_max_iterations
+    enable_trt_overlap gpu_device_ids participant_ids num_nodes lora_cache_optimal_adapter_size
+    lora_cache_max_adapter_size lora_cache_gpu_memory_fraction lora_cache_host_memory_bytes lora_prefetch_dir
+    lookahead_window_size lookahead_ngram_size lookahead_verification_set_size medusa_choices eagle_choices
+    gpu_weights_percent enable_context_fmha_fp32_acc multi_block_mode cuda_graph_mode cuda_graph_cache_size
+    speculative_decoding_fast_logits""".split()
+)

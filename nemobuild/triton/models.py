@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import replace
 
-from nemobuild.config import EngineConfig
+from nemobuild.plan.planner import Plan
 from nemobuild.runtime.fields import INPUTS, OUTPUTS, Field
 from nemobuild.triton.contract import (
     CPP_PARAMETERS,
@@ -22,7 +22,7 @@ from nemobuild.triton.pbtxt import Step, TritonModel
 _CONTEXT = Tensor("answer_context", "STRING")
 
 
-def repository_models(profile: EngineConfig) -> tuple[TritonModel, ...]:
+def repository_models(plan: Plan) -> tuple[TritonModel, ...]:
     """Records of the entry models ``chat`` and ``ensemble``, of the ensemble's three steps, and of the engine."""
     request = tuple(_field(field, optional=True) for field in INPUTS)
     answer = tuple(_field(field) for field in OUTPUTS)
@@ -47,37 +47,46 @@ def repository_models(profile: EngineConfig) -> tuple[TritonModel, ...]:
                 Step("postprocessing", _wires(to_text, inner="_"), _wires(answer)),
             ),
         ),
-        _engine(profile),
+        _engine(plan),
     )
 
 
-def _engine(profile: EngineConfig) -> TritonModel:
-    limits = profile.limits
+def _engine(plan: Plan) -> TritonModel:
+    """The same tensors in all runtimes; what differs is who computes, and where the limits are written."""
+    profile = plan.profile
+    backend, queue, parameters = "python", None, {}
     if profile.runtime == "cpu":
         engine_limits = {
-            "max_batch_size": limits.max_batch_size,
-            "max_context_tokens": limits.max_context_tokens,
-            "kv_cache_tokens": limits.kv_pool_tokens,
-            "max_queue_size": limits.max_queue_size,
+            "max_batch_size": plan.max_batch_size,
+            "max_context_tokens": profile.limits.max_context_tokens,
+            "kv_cache_tokens": profile.limits.kv_pool_tokens,
+            "max_queue_size": profile.limits.max_queue_size,
         }
-        return TritonModel(
-            "tensorrt_llm",
-            ENGINE_INPUTS,
-            ENGINE_OUTPUTS,
-            max_batch_size=limits.max_batch_size,
-            decoupled=True,
-            parameters={"cpu_engine": json.dumps(engine_limits)},
-        )
+        parameters = {"cpu_engine": json.dumps(engine_limits)}
+    elif profile.runtime == "tensorrt":
+        backend, queue, parameters = "tensorrtllm", profile.limits.max_queue_size, cpp_parameters(plan)
     return TritonModel(
         "tensorrt_llm",
         ENGINE_INPUTS,
         ENGINE_OUTPUTS,
-        backend="tensorrtllm",
-        max_batch_size=limits.max_batch_size,
+        backend=backend,
+        max_batch_size=plan.max_batch_size,
         decoupled=True,
-        max_queue_size=limits.max_queue_size,
-        parameters=CPP_PARAMETERS,
+        max_queue_size=queue,
+        parameters=parameters,
     )
+
+
+def cpp_parameters(plan: Plan) -> dict[str, str]:
+    """``CPP_PARAMETERS`` and those that the plan decides."""
+    parameters = dict(CPP_PARAMETERS)
+    if plan.profile.build.kv_cache_fraction is not None:
+        parameters["kv_cache_free_gpu_mem_fraction"] = f"{plan.profile.build.kv_cache_fraction:g}"
+    if plan.kv_cache_bound is not None:
+        parameters["max_tokens_in_paged_kv_cache"] = str(plan.kv_cache_bound)
+    if plan.profile.build.weight_streaming:
+        parameters["gpu_weights_percent"] = f"{plan.weights_on_gpu:g}"
+    return parameters
 
 
 def _field(field: Field, *, optional: bool = False) -> Tensor:

@@ -19,26 +19,32 @@ from typing import Any
 from nemobuild import __version__
 from nemobuild.config import EngineConfig, reasoning_policy
 from nemobuild.errors import IntegrityError, UsageError, from_os_error
-from nemobuild.model.hf_config import load_json, load_spec
+from nemobuild.model.hf_config import load_json, spec_from_config
 from nemobuild.model.tokenizer import chat_template, load_tokenizer, special_token
+from nemobuild.plan.planner import Plan
 from nemobuild.resources import data_folder, package_folder
 from nemobuild.runtime.settings import Limits, Sampling, Settings
+from nemobuild.triton.engine_files import check_same_model, engine_files
 from nemobuild.triton.models import repository_models
 from nemobuild.triton.pbtxt import render
 
 _TEXT_LIB = ("__init__.py", "runtime/*.py")
-_CPU_LIB = (
+_ENGINE_LIB = (
     "__init__.py",
     "errors.py",
+    "engine/__init__.py",
+    "engine/request.py",
+    "runtime/__init__.py",
+    "runtime/wire.py",
+)
+_CPU_LIB = (
+    *_ENGINE_LIB,
     "model/__init__.py",
     "model/spec.py",
     "model/forward.py",
     "weights/__init__.py",
     "weights/safetensors.py",
-    "engine/__init__.py",
     "engine/cpu/*.py",
-    "runtime/__init__.py",
-    "runtime/wire.py",
 )
 # Model -> (adapter files of triton_repo/, modules of nemobuild, does it need tokenizer and settings).
 _PYTHON_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
@@ -47,7 +53,12 @@ _PYTHON_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "postprocessing": (("postprocessing/model.py", "common.py"), _TEXT_LIB, True),
     "tensorrt_llm_collect": (("tensorrt_llm_collect/model.py", "common.py", "engine_calls.py"), _TEXT_LIB, False),
 }
-_CPU_MODEL = ("tensorrt_llm/model.py",)
+# Runtime -> the same of its ``tensorrt_llm``; the C++ backend needs neither.
+_ENGINE_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "cpu": (("tensorrt_llm/model.py", "engine_model.py"), _CPU_LIB),
+    "llmapi": (("tensorrt_llm_llmapi/model.py", "engine_model.py"), _ENGINE_LIB),
+    "tensorrt": ((), ()),
+}
 MANIFEST = "manifest.json"
 
 
@@ -62,19 +73,22 @@ class RepositoryPlan:
         return sum(len(c) if isinstance(c, bytes) else c.stat().st_size for c in self.files.values())
 
 
-def plan_repository(profile: EngineConfig, source: Path, engine: Path, name: str = "model") -> RepositoryPlan:
+def plan_repository(
+    plan: Plan, source: Path, engine: Path, *, inputs: Mapping[str, Any] | None = None
+) -> RepositoryPlan:
     """Everything that the repository will hold. ``source`` is the Hugging Face folder (tokenizer, template), ``engine``
-    the checkpoint (``cpu``) or the engine folder (``tensorrt``). ``name`` is shown to readers of the repository.
+    what serves: the checkpoint (``cpu``), the engine folder (``tensorrt``), or a Hugging Face folder (``llmapi``).
+    ``inputs`` go to the manifest as they are, for whoever asks later what the repository was made from.
 
-    Raises ``UsageError`` or ``IntegrityError`` when a part is missing or does not fit the profile.
+    Raises ``UsageError`` or ``IntegrityError`` when a part is missing or does not fit the plan.
     """
-    settings, assets = _text_assets(profile, source, name)
+    settings, assets = _text_assets(plan, source)
     files: dict[str, bytes | Path] = {}
-    for model in repository_models(profile):
+    for model in repository_models(plan):
         files[f"{model.name}/config.pbtxt"] = render(model).encode()
         adapters, library, needs_assets = _PYTHON_MODELS.get(model.name, ((), (), False))
-        if model.name == "tensorrt_llm" and profile.runtime == "cpu":
-            adapters, library = _CPU_MODEL, _CPU_LIB
+        if model.name == "tensorrt_llm":
+            adapters, library = _ENGINE_MODELS[plan.profile.runtime]
         for adapter in adapters:
             content = (data_folder("triton_repo") / adapter).read_bytes()
             files[f"{model.name}/1/{Path(adapter).name}"] = content
@@ -87,9 +101,9 @@ def plan_repository(profile: EngineConfig, source: Path, engine: Path, name: str
             files |= {f"{model.name}/1/assets/{name}": content for name, content in assets.items()}
         if not (adapters or model.name == "tensorrt_llm"):
             files[f"{model.name}/1/.keep"] = b""  # an ensemble needs an empty version folder
-    files |= _engine_files(profile, source, engine)
-    files["README.md"] = _readme(profile, settings).encode()
-    files[MANIFEST] = _manifest(profile, engine, files)
+    files |= engine_files(plan, engine)
+    files["README.md"] = _readme(plan.profile, settings).encode()
+    files[MANIFEST] = _manifest(plan, engine, files, inputs)
     return RepositoryPlan(files)
 
 
@@ -118,20 +132,16 @@ def write_repository(plan: RepositoryPlan, target: Path) -> Path:
     return target
 
 
-def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settings, dict[str, bytes | Path]]:
-    spec = load_spec(source)
+def _text_assets(plan: Plan, source: Path) -> tuple[Settings, dict[str, bytes | Path]]:
+    profile, described = plan.profile, load_json(source / "config.json")
+    described.pop("quantization_config", None)  # of the weights; here it is about the text
+    spec = spec_from_config(described, source=str(source / "config.json"))
     tokenizer = load_tokenizer(source, spec)
-    if profile.limits.max_context_tokens > spec.max_context_tokens:
-        raise UsageError(
-            "context-too-long",
-            f"limits.max_context_tokens is {profile.limits.max_context_tokens}.",
-            why=f"The model was made for {spec.max_context_tokens} tokens.",
-            next="Lower it in the profile.",
-        )
+    check_same_model(plan, source, spec)
     config = load_json(source / "tokenizer_config.json") if (source / "tokenizer_config.json").exists() else {}
     limits, reasoning = profile.limits, profile.reasoning
     settings = Settings(
-        model_name=name,
+        model_name=plan.name,
         vocab_size=spec.vocab_size,
         bos_token=special_token(config, "bos_token", tokenizer),
         end_token_ids=_end_token_ids(source, spec.end_token_ids, spec.vocab_size),
@@ -140,7 +150,7 @@ def _text_assets(profile: EngineConfig, source: Path, name: str) -> tuple[Settin
             max_prompt_tokens=limits.prompt_limit,
             default_max_tokens=limits.default_max_tokens,
             max_request_bytes=limits.max_request_bytes,
-            max_concurrent_requests=limits.max_batch_size + limits.max_queue_size,
+            max_concurrent_requests=plan.max_batch_size + limits.max_queue_size,
         ),
         reasoning=reasoning_policy(reasoning.policy),
         default_mode=reasoning.default,
@@ -195,46 +205,7 @@ def _end_token_ids(source: Path, from_config: tuple[int, ...], vocab_size: int) 
     return tuple(dict.fromkeys([*listed, *from_config]))
 
 
-def _engine_files(profile: EngineConfig, source: Path, engine: Path) -> dict[str, bytes | Path]:
-    if not (engine / "config.json").is_file():
-        raise UsageError(
-            "no-engine", f"{engine} has no config.json.", next="Give the folder that convert or build made."
-        )
-    folder = "tensorrt_llm/1/checkpoint" if profile.runtime == "cpu" else "tensorrt_llm/1"
-    suffix = "safetensors" if profile.runtime == "cpu" else "engine"
-    ranks = profile.checkpoint.tensor_parallel * profile.checkpoint.pipeline_parallel
-    names = ["config.json", *(f"rank{rank}.{suffix}" for rank in range(ranks))]
-    for name in names:
-        if not (engine / name).is_file():
-            raise IntegrityError("rank-missing", f"{engine} has no {name}.", why=f"The profile has {ranks} rank(s).")
-    if profile.runtime == "cpu":
-        _check_same_model(profile, source, engine)
-    return {f"{folder}/{name}": engine / name for name in names}
-
-
-def _check_same_model(profile: EngineConfig, source: Path, checkpoint: Path) -> None:
-    """The tokenizer's model and the checkpoint's must be one, in the split that the profile says."""
-    from nemobuild.engine.cpu.checkpoint_config import read_config
-
-    split, made = read_config(checkpoint)
-    wanted = load_spec(source)
-    for field in ("hidden_size", "vocab_size", "query_heads", "head_size", "blocks", "rope", "norm_epsilon"):
-        if getattr(made, field) != getattr(wanted, field):
-            raise IntegrityError(
-                "another-model",
-                f"{checkpoint} is not a checkpoint of the model in {source}.",
-                why=f"Their {field} differ.",
-                next="Convert that model, or name the right folders.",
-            )
-    if (split.tp, split.pp) != (profile.checkpoint.tensor_parallel, profile.checkpoint.pipeline_parallel):
-        raise IntegrityError(
-            "another-split",
-            f"{checkpoint} was converted with tp {split.tp} and pp {split.pp}.",
-            why="The profile's checkpoint section says otherwise.",
-        )
-
-
-def _manifest(profile: EngineConfig, engine: Path, files: Mapping[str, bytes | Path]) -> bytes:
+def _manifest(plan: Plan, engine: Path, files: Mapping[str, bytes | Path], inputs: Mapping[str, Any] | None) -> bytes:
     """What the folder is made from, and the digest or (for weights) size of every file."""
     entries = {}
     for name, content in sorted(files.items()):
@@ -246,12 +217,20 @@ def _manifest(profile: EngineConfig, engine: Path, files: Mapping[str, bytes | P
     body = {
         "kind": "repository",
         "nemobuild": __version__,
-        "profile": profile.model_dump(),
-        "engine": load_json(made).get("key") if made.is_file() else None,
+        "trtllm": plan.toolchain.trtllm if plan.toolchain else None,
+        "profile": plan.profile.model_dump(),
+        "inputs": dict(inputs or {}),
+        "engine": load_json(made) if made.is_file() else None,
         "files": entries,
     }
-    canonical = json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
-    return json.dumps({"key": hashlib.sha256(canonical).hexdigest()} | body, indent=1).encode() + b"\n"
+    return json.dumps({"key": manifest_key(body)} | body, indent=1).encode() + b"\n"
+
+
+def manifest_key(body: Mapping[str, Any]) -> str:
+    """The repository's identity: of all that its manifest says but the key itself."""
+    named = {name: value for name, value in body.items() if name != "key"}
+    canonical = json.dumps(named, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    return hashlib.sha256(canonical).hexdigest()
 
 
 def _link_or_copy(source: Path, target: Path) -> None:
@@ -260,6 +239,9 @@ def _link_or_copy(source: Path, target: Path) -> None:
         os.link(source.resolve(), target)
     except OSError:
         shutil.copyfile(source, target)
+
+
+_NEEDS = {"cpu": "", "tensorrt": "", "llmapi": "; tensorrt_llm needs PyYAML and the TensorRT-LLM of manifest.json"}
 
 
 def _readme(profile: EngineConfig, settings: Settings) -> str:
@@ -278,5 +260,5 @@ Start it from this folder:
 
 Context: {settings.limits.max_context_tokens} tokens. Reasoning switch: {settings.reasoning.switch}.
 Runtime: {profile.runtime}.
-The Python steps need numpy, tokenizers and jinja2 in the server's Python.
+The Python steps need numpy, tokenizers and jinja2 in the server's Python{_NEEDS[profile.runtime]}.
 """

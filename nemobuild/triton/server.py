@@ -1,14 +1,13 @@
 """Start a Triton on an emitted repository, wait until it really answers, and stop it with all that it started.
 
-The server gets a session of its own, so that it and its Python stubs end together by process group, and it dies
-with us if we are killed. It listens on loopback unless told otherwise. Ready means that a token was generated through
-the chat model, not that a port is open.
+The server gets a session of its own, so that it ends together with its Python stubs and its ranks, and it dies with us
+if we are killed; a container, which belongs to Docker, is removed by name. It listens on loopback unless told
+otherwise. Ready means that a token was generated through the chat model, not that a port is open.
 """
 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import errno
 import json
 import os
@@ -20,41 +19,24 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
+from nemobuild.engine.foreign import explain, tail
+from nemobuild.engine.process import die_with_parent, end_group
 from nemobuild.errors import ChildFailed, NemobuildError, UsageError, from_os_error
-from nemobuild.triton.carrier import TritonInstall, find_triton
 from nemobuild.triton.client import stream
+from nemobuild.triton.launch import DEFAULT_PORTS, Emitted, Endpoint, Launch, Where, choose_launch, read_emitted
 
-DEFAULT_PORTS = (8000, 8001, 8002)
 _FAILURES = (
     re.compile(r"failed to load '(?P<model>\w+)' version \d+: \w+(?: \w+)*: (?P<why>[^\\\"]+)"),
     re.compile(r"Poll failed for model directory '(?P<model>[^']+)': (?P<why>[^\"]+)"),
     re.compile(r"(?P<why>[^\"]*[Aa]ddress already in use[^\"]*)"),
     re.compile(r"error: (?P<why>.+)"),
 )
-_PR_SET_PDEATHSIG = 1
 _STACK_BYTES = 256 << 20
 _FIRST_TOKEN_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Endpoint:
-    """Where a server listens."""
-
-    host: str
-    http_port: int
-    grpc_port: int
-    metrics_port: int
-
-    @property
-    def http_url(self) -> str:
-        return f"http://{self.host}:{self.http_port}"
-
-    @property
-    def grpc_url(self) -> str:
-        return f"{self.host}:{self.grpc_port}"
+_GRACE_S = 15.0
+_REMOVAL_TIMEOUT_S = 30.0
 
 
 def choose_endpoint(
@@ -100,40 +82,53 @@ def running(
     endpoint: Endpoint,
     log: Path,
     *,
-    install: TritonInstall | None = None,
+    where: Where = "auto",
     ready_timeout_s: float = 600.0,
+    on_start: Callable[[Launch], None] | None = None,
     on_wait: Callable[[float], None] | None = None,
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """A Triton that answered a real request; stopped with all its children when the block ends.
+    """A Triton that answered a real request; stopped with all that it started when the block ends.
 
-    Raises ``ChildFailed`` with the reason from its log when it ends before it is ready.
+    ``on_start`` gets the line that is about to run. Raises what ``choose_launch`` does, and when the server ends before
+    it is ready the error that its log tells of, else ``ChildFailed``.
     """
-    install = install or find_triton()
-    if not any(repository.glob("*/config.pbtxt")):
-        raise UsageError(
-            "no-repository", f"{repository} is not a model repository.", next="Make one: `nemobuild repo`."
-        )
-    prefix = f"nemobuild_{os.getpid()}_{endpoint.grpc_port}_"
+    made = read_emitted(repository)
+    server_id = f"nemobuild_{os.getpid()}_{endpoint.grpc_port}_"
+    launch = choose_launch(made, repository, endpoint, server_id, where)
+    if on_start:
+        on_start(launch)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream_out:
             process = subprocess.Popen(
-                _command(install, repository, endpoint, prefix),
+                launch.command,
                 stdin=subprocess.DEVNULL,
                 stdout=stream_out,
                 stderr=subprocess.STDOUT,
-                env=os.environ | dict(install.env),
+                env=os.environ | dict(launch.env),
                 cwd=repository,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
+                preexec_fn=_prepare_child,
             )
     except OSError as error:
-        raise from_os_error(error, log, "starting Triton, log") from error
+        raise from_os_error(error, error.filename or log, "starting Triton, log") from error
     try:
-        _wait_ready(process, endpoint, prefix, log, ready_timeout_s, on_wait)
+        _wait_ready(process, made, endpoint, server_id, log, ready_timeout_s, on_wait)
         yield process
     finally:
-        _stop(process, prefix)
+        _stop(process, launch, server_id)
+
+
+def died(status: int, made: Emitted, log: Path) -> NemobuildError:
+    """Why the server ended by itself: what TensorRT-LLM, CUDA or Docker are known to say, else Triton's own words."""
+    known = explain(tail(log)) if made.runtime != "cpu" else None
+    if known is not None:
+        return type(known)(known.code, known.what, why=known.why, next=f"{known.next} The whole log is in {log}.")
+    killed = status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by the kernel, most often for memory
+    why = "It was killed; the machine may be out of memory" if killed else log_failure(log)
+    return ChildFailed(
+        "triton-died", f"Triton ended (status {status}).", why=f"{why}.", next=f"The whole log is in {log}."
+    )
 
 
 def log_failure(log: Path) -> str:
@@ -147,25 +142,9 @@ def log_failure(log: Path) -> str:
     return "its log gives no reason"
 
 
-def _command(install: TritonInstall, repository: Path, endpoint: Endpoint, prefix: str) -> list[str]:
-    command = [
-        str(install.binary),
-        f"--model-repository={repository.resolve()}",
-        "--disable-auto-complete-config",  # the emitted configs are complete
-        "--exit-timeout-secs=5",
-        f"--id={prefix}",
-        f"--backend-config=python,shm-region-prefix-name={prefix}",  # two servers on one machine stay apart
-    ]
-    for name in ("http", "grpc", "metrics"):
-        port = getattr(endpoint, f"{name}_port")
-        command += [f"--{name}-address={endpoint.host}", f"--{name}-port={port}"]
-    if install.backend_directory is not None:
-        command.append(f"--backend-directory={install.backend_directory}")
-    return command
-
-
 def _wait_ready(
     process: subprocess.Popen[bytes],
+    made: Emitted,
     endpoint: Endpoint,
     server_id: str,
     log: Path,
@@ -176,12 +155,7 @@ def _wait_ready(
     while not _says_ready(endpoint, server_id):
         waited_s = time.monotonic() - begin
         if process.poll() is not None:
-            raise ChildFailed(
-                "triton-died",
-                f"Triton ended at start (status {process.returncode}).",
-                why=f"{log_failure(log)}.",
-                next=f"The whole log is in {log}.",
-            )
+            raise died(process.returncode, made, log)
         if waited_s > timeout_s:
             raise ChildFailed(
                 "triton-slow", f"Triton was not ready after {timeout_s:.0f} s.", next=f"See its log, {log}."
@@ -211,24 +185,26 @@ def _says_ready(endpoint: Endpoint, server_id: str) -> bool:
         return False
 
 
-def _stop(process: subprocess.Popen[bytes], prefix: str, grace_s: float = 15.0) -> None:
-    """Ask, wait, then end the whole process group; remove the shared memory that a killed server leaves."""
-    with contextlib.suppress(ProcessLookupError):
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(grace_s)
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    for leftover in Path("/dev/shm").glob(f"{prefix}*"):
-        leftover.unlink(missing_ok=True)
+def _stop(process: subprocess.Popen[bytes], launch: Launch, server_id: str) -> None:
+    """End it with all that it started, and remove what a killed server leaves: its container, its shared memory."""
+    try:
+        end_group(process, _GRACE_S)
+    finally:
+        if launch.removal:
+            with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+                subprocess.run(
+                    launch.removal, stdin=subprocess.DEVNULL, capture_output=True, timeout=_REMOVAL_TIMEOUT_S
+                )
+        for leftover in Path("/dev/shm").glob(f"{server_id}*"):
+            leftover.unlink(missing_ok=True)
 
 
-def _die_with_parent() -> None:
-    """In the child, before it becomes Triton: end when nemobuild ends, however that happens, and have enough stack.
+def _prepare_child() -> None:
+    """In the child, before it becomes Triton: end when we end, and have enough stack.
 
     Triton 2.51 copies the body of an HTTP request to the stack; with the usual 8 MiB, 4 MiB of text crash it.
     """
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent()
     _, hard = resource.getrlimit(resource.RLIMIT_STACK)
     wanted = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
     resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))

@@ -4,7 +4,7 @@ It stands in for the compiled engine on machines without a GPU. Carried byte for
 it imports the standard library, NumPy and its fellow travellers only.
 """
 
-from .request import Chunk, FinishReason, Generation, QueueFull, RequestError
+from ..request import Chunk, FinishReason, Generation, QueueFull, RequestError
 from .scheduler import Engine, Stats
 
 __all__ = ["Chunk", "Engine", "FinishReason", "Generation", "QueueFull", "RequestError", "Stats"]

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .request import FinishReason, Generation
+from ..request import FinishReason, Generation
 
 Scores = NDArray[np.floating[Any]]
 _FIRST_SHORTLIST = 256  # tokens sorted for top-p at first; grown when they do not hold the mass

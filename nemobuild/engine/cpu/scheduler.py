@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from ...errors import UsageError
 from ...model.forward import Segment
+from ..request import Chunk, FinishReason, Generation, Limits, QueueFull, RequestError, check
 from .checkpoint import open_checkpoint
-from .request import Chunk, FinishReason, Generation, Limits, QueueFull, RequestError, check
 from .runner import Layout, RowPool, Runner
 from .sampler import Sampler
 
