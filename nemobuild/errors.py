@@ -83,7 +83,7 @@ def from_os_error(error: OSError, path: str | PathLike[str], doing: str) -> Nemo
             why=f"The system says: {reason}.",
             next="Choose a folder that you may write to.",
         )
-    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST):
+    if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENAMETOOLONG):
         return UsageError("bad-path", f"Cannot go on {doing} {path}.", why=f"The system says: {reason}.")
     return IntegrityError("io-error", f"Input/output error while {doing} {path}.", why=f"The system says: {reason}.")
 

@@ -99,10 +99,11 @@ def fp8_tensors(
 SCHEME = {"dynamic": False, "num_bits": 8, "type": "float"}
 
 
-def quantization_config(form: str, *, kv: bool = True) -> dict[str, Any]:
+def quantization_config(form: str, *, kv: bool = True, static: bool = True) -> dict[str, Any]:
     """``quantization_config`` of config.json."""
     if form == "modelopt":
-        group = {"input_activations": SCHEME, "weights": SCHEME, "targets": ["Linear"]}
+        inputs = SCHEME | {"dynamic": not static}
+        group = {"input_activations": inputs, "weights": SCHEME, "targets": ["Linear"]}
         return {
             "config_groups": {"group_0": group},
             "ignore": ["lm_head"],
@@ -141,7 +142,8 @@ def write_fp8_folder(
     """An FP8 folder; ``change`` may edit the tensors, ``config.json`` and ``hf_quant_config.json`` before."""
     write_model(folder, config)
     tensors = fp8_tensors(config, random_weights(config), form=form, kv=kv, **options)
-    config = config | {"quantization_config": quantization_config(form, kv=kv)}
+    inline = quantization_config(form, kv=kv, static=options.get("static", True))
+    config = config | {"quantization_config": inline}
     algorithms = {"quant_algo": "FP8", "kv_cache_quant_algo": "FP8" if kv else None, "exclude_modules": ["lm_head"]}
     separate: dict[str, Any] = {"producer": {"name": "modelopt", "version": "0.37.0"}, "quantization": algorithms}
     if form != "modelopt":

@@ -14,12 +14,14 @@ import pytest
 
 from nemobuild.config import QualityConfig
 from nemobuild.convert import calibrate as module
+from nemobuild.convert import calibrate_torch
 from nemobuild.convert.calibrate import calibrate, plan_calibration, weight_scales
-from nemobuild.convert.calibrate_devices import TorchDevice
+from nemobuild.convert.calibrate_devices import PANEL_VALUES, NumpyDevice
 from nemobuild.convert.calibrate_state import State
+from nemobuild.convert.calibrate_torch import HeldStream, TorchDevice, held_bytes
 from nemobuild.convert.quality import QualityThresholds
 from nemobuild.convert.scales import BlockScales
-from nemobuild.errors import IntegrityError, ToolchainError, UsageError
+from nemobuild.errors import DoesNotFit, IntegrityError, ToolchainError, UsageError
 from nemobuild.model import forward
 from nemobuild.model.hf_config import spec_from_config
 from nemobuild.model.spec import Attention
@@ -215,8 +217,93 @@ def test_after_a_power_cut_known_scales_stay_and_the_rest_is_run_again(
         file.write_bytes(b"\xff" * file.stat().st_size)  # never reached the disk
     monkeypatch.setattr("nemobuild.convert.calibrate_state._boot_id", lambda: "another")
     begun.clear()
+    # Interrupted once more, it goes on from what it saved since then.
+    run(snapshot, tmp_path, texts(), resume=True, stopped=lambda: len(begun) > 7)
+    assert begun == list(range(8))
+    begun.clear()
     assert run(snapshot, tmp_path, texts(), resume=True) == whole
-    assert begun == list(range(len(whole)))
+    assert begun == list(range(7, len(whole)))
+
+
+def test_streams_are_not_trusted_when_nobody_knows_of_a_power_cut(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("nemobuild.convert.calibrate_state._BOOT_ID", tmp_path / "absent")
+    for saved in (None, None):
+        state = State(tmp_path / "s", {}, resume=True)
+        assert state.saved is saved
+        state.begin()
+        state.close()
+
+
+class HeldDevice(NumpyDevice):
+    """NumPy with the streams held in memory, as on a GPU."""
+
+    def stream(self, state: State, tokens: int) -> HeldStream:
+        held = np.empty((tokens, self.snapshot.spec.hidden_size), np.float32)
+        return HeldStream(state, held, np.asarray, np.ascontiguousarray)
+
+
+@pytest.mark.parametrize("kill", [False, True])
+def test_saves_that_cost_much_are_skipped_and_none_harms_the_one_before(
+    kill: bool, snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(snapshot, tmp_path / "whole", texts())
+    clock, began = [0.0], []
+    monkeypatch.setattr(calibrate_torch.time, "monotonic", lambda: clock[0])
+    write = State.write_stream
+
+    def slow_write(state: State, offset_bytes: int, buffer: Any) -> None:
+        """Five seconds for all; the second time, a kill after half of them."""
+        clock[0] += 5
+        began.append(len(state.scales()))
+        if kill and len(began) == 2:
+            write(state, offset_bytes, memoryview(buffer).cast("B")[: buffer.nbytes // 2])
+            raise KeyboardInterrupt
+        write(state, offset_bytes, buffer)
+
+    def block(*arguments: Any) -> Any:
+        clock[0] += 40  # so 5 s are worth it after 100 s, three blocks
+        return original(*arguments)
+
+    original = module._run
+    monkeypatch.setattr(State, "write_stream", slow_write)
+    monkeypatch.setattr(module, "_run", block)
+    if not kill:
+        assert run(snapshot, tmp_path, texts(), device=HeldDevice(snapshot)) == whole
+        # Embedded; then after blocks 2, 5 and 8, whose own scales come a moment later.
+        assert began == [0, 2, 5, 8]
+        return
+    with pytest.raises(KeyboardInterrupt):
+        run(snapshot, tmp_path, texts(), device=HeldDevice(snapshot))
+    assert began == [0, 2]
+    assert run(snapshot, tmp_path, texts(), device=HeldDevice(snapshot), resume=True) == whole
+
+
+def test_a_full_gpu_is_told_by_name(snapshot: Snapshot, tmp_path: Path) -> None:
+    class OutOfMemoryError(RuntimeError):
+        """torch's own has this name and this base."""
+
+    class Full(NumpyDevice):
+        def linear(self, x: Any, weight: Any) -> Any:
+            raise OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    with pytest.raises(DoesNotFit, match="Tried to allocate 2 GiB") as caught:
+        run(snapshot, tmp_path, texts((5,)), device=Full(snapshot))
+    assert caught.value.code == "gpu-memory-too-small"
+
+
+def test_blocks_without_attention_need_no_positions(
+    snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[int] = []
+    step = NumpyDevice.step
+    monkeypatch.setattr(NumpyDevice, "step", lambda *a: made.append(1) or step(*a))
+    monkeypatch.setattr(module, "available_cpus", lambda: 1)
+    plan = plan_calibration(snapshot, LENGTHS)
+    run(snapshot, tmp_path, texts())
+    batches = sum(1 for pack in plan.packs for _ in pack.batches(plan.batch_tokens))
+    assert len(made) == batches * len(snapshot.spec.attention_blocks) < batches * len(snapshot.spec.blocks)
 
 
 def test_a_state_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -242,7 +329,7 @@ def test_bad_requests(snapshot: Snapshot, monkeypatch: pytest.MonkeyPatch) -> No
         TorchDevice(snapshot)
 
 
-def test_the_49b_fits_where_it_must() -> None:
+def test_the_49b_fits_where_it_must(monkeypatch: pytest.MonkeyPatch) -> None:
     """The stated peak for the real shapes: on one H100 with 512 texts of 512 tokens, and on the CPU with any number."""
     from nemobuild.model.hf_config import load_spec
     from nemobuild.places import config_file
@@ -256,11 +343,19 @@ def test_the_49b_fits_where_it_must() -> None:
     snapshot = Snapshot(Path(), spec, tensors, (), "")
     gpu = plan_calibration(snapshot, [512] * 512, "cuda")
     assert gpu.device_bytes < 16 << 30
+    assert max(held_bytes(snapshot, i) for i in range(80)) == pytest.approx(gpu.block_bytes, rel=1e-3)
+    # More than what is held at least: two blocks, all streams.
+    assert gpu.device_bytes > 2 * gpu.block_bytes + 512 * 512 * 8192 * 4 + (1 << 30)
     block_bytes = 2 * (8192 * (10240 + 8192) + 3 * 8192 * 28672) + 4 * 8192
-    cpu = plan_calibration(snapshot, [512] * 512)
-    assert cpu.block_bytes == block_bytes
-    if cpu.threads <= 4:
-        assert cpu.memory_bytes < 2 * block_bytes
+    for threads in (1, 4, 32):
+        monkeypatch.setattr(module, "available_cpus", lambda count=threads: count)
+        cpu = plan_calibration(snapshot, [512] * 512)
+        assert cpu.block_bytes == block_bytes and cpu.threads == threads
+        assert cpu.memory_bytes < (2 if threads <= 4 else 4) * block_bytes
+        with monkeypatch.context() as without:
+            without.setattr(module, "PANEL_VALUES", 0)
+            rest = plan_calibration(snapshot, [512] * 512)
+        assert cpu.memory_bytes - rest.memory_bytes == threads * 4 * PANEL_VALUES
 
 
 def test_torch_finds_the_same(snapshot: Snapshot, tmp_path: Path) -> None:
@@ -271,6 +366,28 @@ def test_torch_finds_the_same(snapshot: Snapshot, tmp_path: Path) -> None:
     assert [b.groups.keys() for b in found] == [b.groups.keys() for b in expected]
     for a, b in zip(found, expected, strict=True):
         assert [p.weight for p in a.groups.values()] == [p.weight for p in b.groups.values()]
+
+
+def test_torch_keeps_f16_apart_from_activations(tmp_path: Path) -> None:
+    """An activation above 65504 is nothing that F16 weights are to blame for."""
+    pytest.importorskip("torch")
+    weights = {name: w.astype(np.float16) for name, w in random_weights(tiny_config()).items()}
+    weights["model.layers.1.post_attention_layernorm.weight"][:] = 60000
+    snapshot = make(tmp_path / "m", weights)
+    expected = run(snapshot, tmp_path / "a", texts())
+    assert max(p.input or 0 for p in expected[1].groups.values()) * 448 > 65504
+    found = run(snapshot, tmp_path / "b", texts(), device=TorchDevice(snapshot, "cpu"))
+    np.testing.assert_allclose(numbers(found), numbers(expected), rtol=1e-4)
+
+
+def test_torch_takes_its_buffers_once(snapshot: Snapshot) -> None:
+    pytest.importorskip("torch")
+    places = set()
+    for i, weights in TorchDevice(snapshot, "cpu").blocks(0):
+        found = [getattr(weights, f.name) for f in dataclasses.fields(weights)]
+        assert sum(-(-x.nbytes // 512) * 512 for x in found if x is not None) == held_bytes(snapshot, i)
+        places |= {(i % 2, x.untyped_storage().data_ptr()) for x in found if x is not None}
+    assert len(places) == 2
 
 
 def test_torch_goes_on_too(snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -137,9 +137,10 @@ def test_scales_that_scale_while_running(tmp_path: Path) -> None:
     assert inline["config_groups"]["group_0"]["input_activations"]["dynamic"] is True
     assert inline["config_groups"]["group_0"]["weights"]["dynamic"] is False
     again = open_snapshot(out, fp8=True)
-    with pytest.raises(UsageError, match="without input scales") as caught:
-        convert(again, tmp_path / "trt", precision="fp8")
-    assert caught.value.code == "cannot-convert"
+    for static in (True, False):
+        with pytest.raises(UsageError, match="without input scales") as caught:
+            convert(again, tmp_path / "trt", precision="fp8", static=static)
+        assert caught.value.code == "cannot-convert"
 
 
 @pytest.mark.parametrize(
@@ -252,6 +253,20 @@ def test_resume_keeps_scales_and_findings(tmp_path: Path, monkeypatch: pytest.Mo
     assert resumed.zero_tensors == whole.zero_tensors != ()
     for file in (tmp_path / "whole").iterdir():
         assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes(), file.name
+
+
+def test_scales_are_noted_again_when_the_rank_files_are_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(executor, "SYNC_BYTES", 1)
+    snapshot, blocks = zeroed(tmp_path)
+    interrupted(snapshot, tmp_path / "out", 0.6, precision="fp8", scales=blocks)
+    (tmp_path / ".out.partial" / "rank0.safetensors").unlink()
+    interrupted(snapshot, tmp_path / "out", 0.5, precision="fp8", scales=blocks, resume=True)
+    noted = [
+        json.loads(line)["block"]
+        for line in (tmp_path / ".out.partial" / "journal").read_text().splitlines()[1:]
+        if line.startswith("{")
+    ]
+    assert noted[:2] == [0, 1]
 
 
 def test_resume_with_another_calibration_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

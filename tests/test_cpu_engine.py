@@ -342,10 +342,18 @@ def test_too_little_memory_is_said_before_loading(tmp_path: Path, checkpoint: Pa
     meminfo = tmp_path / "meminfo"
     meminfo.write_text(f"MemTotal: 999999 kB\nMemAvailable: {(weight_bytes + kv_bytes) // 1024} kB\n")
     with pytest.raises(DoesNotFit) as caught:
-        require_memory(spec, 1001, meminfo)
+        require_memory(spec, 1001, meminfo, tmp_path / "absent")
     assert f"{weight_bytes:,}" in caught.value.why and f"{kv_bytes // 1000 * 1001:,}" in caught.value.why
-    require_memory(spec, 990, meminfo)
-    require_memory(spec, 10**15, tmp_path / "absent")
+    require_memory(spec, 990, meminfo, tmp_path / "absent")
+    require_memory(spec, 10**15, tmp_path / "absent", tmp_path / "absent")
+    for name, number in (("memory.max", weight_bytes + kv_bytes + 900), ("memory.current", 1000)):
+        (tmp_path / name).write_text(f"{number}\n")
+    (tmp_path / "memory.stat").write_text("inactive_file 60\nactive_file 40\n")
+    require_memory(spec, 1000, tmp_path / "absent", tmp_path)
+    with pytest.raises(DoesNotFit):
+        require_memory(spec, 1001, tmp_path / "absent", tmp_path)
+    (tmp_path / "memory.max").write_text("max\n")
+    require_memory(spec, 10**15, tmp_path / "absent", tmp_path)
     with pytest.raises(DoesNotFit, match="available"):
         start(checkpoint, kv_cache_tokens=10**12)
 

@@ -16,6 +16,7 @@ from nemobuild.convert.sources import source_scales
 from nemobuild.convert.verify import verify
 from nemobuild.convert.workers import Progress
 from nemobuild.errors import NemobuildError, UsageError
+from nemobuild.weights.quantized import read_scheme
 from nemobuild.weights.snapshot import open_snapshot
 from tests.checkpoints import FP8, load_tensors
 from tests.fp8_models import BF16, MEMBERS, dequantised, given_scales, quantization_config, write_fp8_folder
@@ -161,6 +162,28 @@ def test_a_source_that_scales_while_running(tmp_path: Path) -> None:
         prepare(snapshot, precision="fp8", format="hf")
 
 
+def test_a_folder_that_does_not_say_how_inputs_are_scaled(tmp_path: Path) -> None:
+    for static in (True, False):
+        folder = write_fp8_folder(
+            tmp_path / str(static),
+            CONFIGS["llama"],
+            static=static,
+            kv=False,
+            change=lambda t, c, s: c["quantization_config"].pop("config_groups") and None,
+        )
+        found = open_snapshot(folder, fp8=True).quantization
+        assert found is not None and found.static is static
+
+
+def test_our_folder_without_input_scales_says_so(tmp_path: Path) -> None:
+    source = open_snapshot(write_model(tmp_path / "bf16", CONFIGS["nas"]))
+    blocks = given_scales(CONFIGS["nas"], random_weights(CONFIGS["nas"]), static=False)
+    convert(source, tmp_path / "hf", precision="fp8", format="hf", static=False, scales=blocks)
+    assert read_scheme(tmp_path / "hf", json.loads((tmp_path / "hf/config.json").read_text())).static is False
+    assert verify(tmp_path / "hf", source).findings == ()
+    convert(open_snapshot(tmp_path / "hf", fp8=True), tmp_path / "o", precision="fp8", format="hf", static=False)
+
+
 def test_fp8_must_be_asked_for(tmp_path: Path) -> None:
     folder = write_fp8_folder(tmp_path / "fp8", CONFIGS["llama"])
     with pytest.raises(UsageError) as caught:
@@ -232,6 +255,14 @@ def algorithm(**values: Any) -> Change:
     return change
 
 
+def group(**values: Any) -> Change:
+    return lambda t, c, s: c["quantization_config"]["config_groups"]["group_0"].update(values)
+
+
+def inputs(**values: Any) -> Change:
+    return lambda t, c, s: c["quantization_config"]["config_groups"]["group_0"]["input_activations"].update(values)
+
+
 def block_scales(tensors: Tensors, config: dict[str, Any], separate: dict[str, Any]) -> None:
     tensors[UP + "weight_scale"] = np.ones((2, 1), np.float32)
 
@@ -264,6 +295,42 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "excluded but FP8": (excluded("*.down_proj"), "quantization-contradiction", "down_proj.*which is FP8"),
     "no scale": (lambda t, c, s: t.pop(UP + "weight_scale"), "scale-missing", "20 of 21"),
     "no input scale": (lambda t, c, s: t.pop(UP + "input_scale"), "scale-missing", UP + "input_scale"),
+    "no input scale at all": (
+        lambda t, c, s: [t.pop(name) for name in list(t) if name.endswith("input_scale")],
+        "quantization-contradiction",
+        "config.json contradicts.*input_activations.dynamic in its config_groups is false",
+    ),
+    "input scales denied": (
+        inputs(dynamic=True),
+        "quantization-contradiction",
+        "input_activations.dynamic in its config_groups is true",
+    ),
+    "inputs of four bits": (inputs(num_bits=4), "unsupported-quantization", "group_0.input_activations num_bits=4"),
+    "inputs scaled by token": (inputs(strategy="token"), "unsupported-quantization", "strategy='token'"),
+    "weights of four bits": (group(weights={"num_bits": 4, "type": "int"}), "unsupported-quantization", "num_bits=4"),
+    "weights scaled while running": (
+        group(weights={"num_bits": 8, "type": "float", "dynamic": True}),
+        "unsupported-quantization",
+        "group_0.weights .*dynamic=True",
+    ),
+    "a list of groups": (
+        lambda t, c, s: c["quantization_config"].update(config_groups=[1]),
+        "unsupported-quantization",
+        "config_groups",
+    ),
+    "groups of two minds": (
+        lambda t, c, s: c["quantization_config"]["config_groups"].update(
+            group_1={"input_activations": {"num_bits": 8, "type": "float", "dynamic": True}}
+        ),
+        "unsupported-quantization",
+        "differ in input_activations.dynamic",
+    ),
+    "other layers": (group(targets=["re:.*q_proj"]), "unsupported-quantization", "other targets"),
+    "KV cache a list": (
+        lambda t, c, s: c["quantization_config"].update(kv_cache_scheme=[1]),
+        "unsupported-quantization",
+        "kv_cache_scheme",
+    ),
     "no key scale": (lambda t, c, s: t.pop("model.layers.2.self_attn.k_proj.k_scale"), "scale-missing", "k_scale"),
     "KV scales denied": (
         lambda t, c, s: (
@@ -276,7 +343,7 @@ REFUSED: dict[str, tuple[Change, str, str]] = {
     "two opinions on the KV cache": (
         lambda t, c, s: s["quantization"].update(kv_cache_quant_algo=None),
         "quantization-contradiction",
-        "differ in the KV cache",
+        r"differ in the KV cache \(kv_cache_quant_algo, kv_cache_scheme\)",
     ),
     "two opinions on what is excluded": (
         lambda t, c, s: s["quantization"].update(exclude_modules=[]),
@@ -321,6 +388,7 @@ def test_folders_that_cannot_be_trusted(name: str, tmp_path: Path) -> None:
     [
         ({"weights": {"strategy": "channel"}}, "strategy='channel'"),
         ({"weights": {"strategy": "block"}}, "strategy='block'"),
+        ({"weights": None}, "group_0.weights None"),
         ({"weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}, "num_bits=4"),
         ({"input_activations": {"dynamic": True, "strategy": "token"}}, "dynamic=True"),
         ({"targets": ["re:.*q_proj"]}, "other targets"),
@@ -334,6 +402,21 @@ def test_other_kinds_of_compressed_tensors(changes: dict[str, Any], word: str, t
 
     folder = write_fp8_folder(tmp_path / "m", CONFIGS["llama"], form="compressed-tensors", change=change)
     with pytest.raises(UsageError, match=word) as caught:
+        open_snapshot(folder, fp8=True)
+    assert caught.value.code == "unsupported-quantization"
+
+
+@pytest.mark.parametrize("changes", [{"type": "int"}, {"dynamic": True}, {"num_bits": 4}])
+def test_other_kinds_of_compressed_kv_caches(changes: dict[str, Any], tmp_path: Path) -> None:
+    """They need no scale tensors, so that nothing else would show them."""
+
+    def change(tensors: Tensors, config: dict[str, Any], separate: dict[str, Any]) -> None:
+        config["quantization_config"]["kv_cache_scheme"] = config["quantization_config"]["kv_cache_scheme"] | changes
+        for name in [n for n in tensors if n.endswith((".k_scale", ".v_scale"))]:
+            del tensors[name]
+
+    folder = write_fp8_folder(tmp_path / "m", CONFIGS["llama"], form="compressed-tensors", change=change)
+    with pytest.raises(UsageError, match=r"config\.json has kv_cache_scheme") as caught:
         open_snapshot(folder, fp8=True)
     assert caught.value.code == "unsupported-quantization"
 

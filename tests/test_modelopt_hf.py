@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,26 @@ def test_every_byte_of_the_hugging_face_form(
             assert sum(a.nbytes for a in tensors.values()) <= max(shard_bytes, largest) + 100
     again = open_snapshot(out, fp8=True)
     assert again.quantization is not None and again.spec == snapshot.spec
+
+
+@pytest.mark.parametrize("value", ["\ud800", float("nan")])
+def test_a_config_that_cannot_be_written_is_told_before_the_work(value: object, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "m", CONFIGS["nas"] | {"_x": value})
+    with pytest.raises(IntegrityError, match="cannot be written again") as caught:
+        prepare(open_snapshot(folder), precision="fp8", format="hf")
+    assert caught.value.code == "bad-config"
+
+
+def test_files_that_are_no_texts_are_not_carried(tmp_path: Path) -> None:
+    file = write_model(tmp_path / "m", CONFIGS["nas"]) / "big.json"
+    for size in (256 << 20, (256 << 20) + 1):
+        file.touch()
+        os.truncate(file, size)
+        if size == 256 << 20:
+            assert "big.json" in carried_files(file.parent, ())
+    with pytest.raises(IntegrityError, match=r"big\.json has 268,435,457 bytes") as caught:
+        carried_files(file.parent, ())
+    assert caught.value.code == "file-too-large"
 
 
 def test_both_descriptions_of_the_quantisation(tmp_path: Path) -> None:

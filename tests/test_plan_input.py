@@ -172,7 +172,7 @@ def test_the_host_need_covers_what_the_converter_states(tmp_path):
 def test_the_host_need_covers_what_the_calibration_states(model, monkeypatch):
     spec = load_spec(config_file(model))
     sizes = [2 * (memory.attention_values(spec, b, 1) + memory.ffn_values(spec, b, 1)) for b in spec.blocks]
-    monkeypatch.setattr(calibrate.os, "sched_getaffinity", lambda _: range(64))
+    monkeypatch.setattr(calibrate, "available_cpus", lambda: 64)
     monkeypatch.setattr(calibrate, "_block_bytes", lambda _, index: sizes[index])
     stated = calibrate.plan_calibration(SimpleNamespace(spec=spec), [512] * 134).memory_bytes
     assert stated <= calibration_bytes(spec, 512) <= 1.2 * stated

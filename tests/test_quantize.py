@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,11 +20,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemobuild.convert import calibrate
+from nemobuild.convert import calibrate, planning
 from nemobuild.convert import quantize as module
-from nemobuild.convert.quantize import calibration_folder, prepare, quantize
+from nemobuild.convert.quantize import QuantizePlan, calibration_folder, check_room, prepare, quantize
 from nemobuild.convert.workers import Progress
-from nemobuild.errors import DoesNotFit, IntegrityError, UsageError
+from nemobuild.errors import DoesNotFit, IntegrityError, ToolchainError, UsageError
 from nemobuild.weights.safetensors import read_array, read_header
 from nemobuild.weights.snapshot import Snapshot, open_snapshot
 from tests.tiny import random_weights, tiny_config, write_model, write_weights
@@ -248,6 +251,117 @@ def test_too_little_memory_or_disk_is_told_before_the_start(
     assert names(tmp_path) == ["out"]
 
 
+def test_what_an_interrupted_run_left_is_room_already_taken(
+    snapshot: Snapshot, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = prepare(snapshot, format="hf", calibration=texts)
+    assert plan.disk_bytes == (
+        plan.conversion.target_bytes + plan.conversion.carried_bytes + planning.SMALL_FILES_BYTES + plan.stream_bytes
+    )
+    real = os.statvfs(tmp_path)
+    for folder in (".out.partial", ".out.calibration"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "file").write_bytes(b"x" * (3 << 20))
+
+    class System:
+        f_blocks, f_frsize = 1, real.f_frsize
+        f_bavail = (plan.disk_bytes - (5 << 20)) // real.f_frsize
+
+    monkeypatch.setattr(os, "statvfs", lambda path: System())
+    check_room(plan, tmp_path / "out")
+    with pytest.raises(DoesNotFit, match="the samples between two blocks"):
+        check_room(plan, tmp_path / "other")
+
+
+@pytest.mark.parametrize("free", [-1, 0])
+def test_gpu_memory_is_looked_at_before_the_start(
+    free: int, snapshot: Snapshot, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu = prepare(snapshot, calibration=texts)
+    assert cpu.samples is not None
+    run = calibrate.plan_calibration(snapshot, [len(s.token_ids) for s in cpu.samples.samples], "cuda")
+    plan = dataclasses.replace(cpu, calibration=run)
+    monkeypatch.setattr(module, "TorchDevice", lambda snapshot: Gpu())
+
+    class Gpu:
+        def free_bytes(self) -> int:
+            return run.device_bytes + free
+
+    with pytest.raises(DoesNotFit) if free < 0 else contextlib.nullcontext() as caught:
+        check_room(plan, tmp_path / "out")
+    assert caught is None or caught.value.code == "gpu-memory-too-small"
+
+
+@pytest.mark.parametrize("device", ["cuda", "tpu"])
+def test_a_device_that_is_not_there_is_told_before_the_texts_are_read(
+    device: str, snapshot: Snapshot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises((ToolchainError, UsageError), match=r"needs PyTorch|'tpu' is unknown"):
+        prepare(snapshot, calibration=tmp_path / "absent.jsonl", device=device)
+
+
+def test_names_and_folders_that_cannot_be_are_told(snapshot: Snapshot, texts: Path, tmp_path: Path) -> None:
+    plan = prepare(snapshot, calibration=texts)
+    with pytest.raises(UsageError, match="too long"):
+        quantize(plan, tmp_path / ("x" * 250))
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError):
+        quantize(plan, tmp_path / "file" / "out")
+    assert names(tmp_path) == ["file"]
+
+
+def test_the_key_and_resume_see_what_the_texts_became(tmp_path: Path) -> None:
+    template = "{% for m in messages %}user: {{ m['content'] }}{% endfor %}"
+    file = tmp_path / "t.jsonl"
+    file.write_text(json.dumps({"messages": [{"role": "user", "content": "hello"}]}) + "\n")
+    source = write_model(tmp_path / "m", template=template)
+    plans = [prepare(open_snapshot(source), calibration=file)]
+    # Only the letters differ: no count, and no file of weights or texts.
+    for settings in source.glob("*.json*"):
+        if template in (text := settings.read_text()):
+            settings.write_text(text.replace("user: ", "USER: "))
+    plans.append(prepare(open_snapshot(source), calibration=file))
+    descriptions = [p.description or {} for p in plans]
+    assert [key for key in descriptions[0] if descriptions[0][key] != descriptions[1][key]] == ["token_ids"]
+    assert plans[0].conversion.key != plans[1].conversion.key
+    interrupt(plans[0], tmp_path / "out")
+    with pytest.raises(UsageError, match="differs in calibration"):
+        quantize(plans[1], tmp_path / "out", resume=True)
+
+
+def interrupt(plan: QuantizePlan, output: Path) -> None:
+    """Ended from outside when the first block was calibrated and is written."""
+
+    def stop(progress: Progress) -> None:
+        if "_proj." in progress.tensor:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        quantize(plan, output, progress=stop)
+
+
+@pytest.mark.parametrize("broken", [True, False])
+def test_the_advice_for_a_calibration_that_is_foreign_or_broken_works(
+    broken: bool, snapshot: Snapshot, texts: Path, tmp_path: Path
+) -> None:
+    plan = prepare(snapshot, calibration=texts)
+    interrupt(plan if broken else prepare(snapshot, calibration=texts, samples=3), tmp_path / "out")
+    if not broken:
+        shutil.rmtree(tmp_path / ".out.partial")
+    else:
+        (tmp_path / ".out.calibration" / "journal").write_text("junk\n")
+    left = names(tmp_path)
+    for _ in range(2):  # nothing is taken away unasked
+        with pytest.raises(UsageError) as caught:
+            quantize(plan, tmp_path / "out", resume=True)
+        assert caught.value.code == "resume-mismatch" and names(tmp_path) == left
+    assert f"Delete {calibration_folder(tmp_path / 'out')}" in caught.value.next
+    shutil.rmtree(calibration_folder(tmp_path / "out"))
+    quantize(plan, tmp_path / "out", resume=True)
+    assert names(tmp_path) == ["out"]
+
+
 def test_available_memory_is_a_number_here() -> None:
     assert 64 << 20 < (module.available_memory_bytes() or 0) < 1 << 44
 
@@ -301,10 +415,24 @@ def test_an_fp8_source_takes_no_texts(snapshot: Snapshot, texts: Path, tmp_path:
         prepare(again, calibration=texts)
     plan = prepare(again)
     assert plan.calibration is None and plan.samples is None
+    for option in (["--samples", "3"], ["--tokens-per-sample", "3"], ["--device", "cpu"], ["--calibration", "t"]):
+        done = run_convert(tmp_path / "hf", tmp_path / "no", "--precision", "fp8", *option)
+        assert done.returncode == 2 and option[0] in done.stderr, done.stderr
     quantize(plan, tmp_path / "packed")
     assert (tmp_path / "packed" / "rank0.safetensors").read_bytes() == (
         tmp_path / "direct" / "rank0.safetensors"
     ).read_bytes()
+
+
+def run_convert(source: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "nemobuild", "convert", str(source), "-o", str(output), *options]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_result_without_data_is_labelled(source: Path, tmp_path: Path) -> None:
+    options = ["--precision", "fp8", "--format", "hf", "--calibration", "none"]
+    assert "weights only, no data" in run_convert(source, tmp_path / "a", *options).stdout
+    assert "weights only" in json.loads(run_convert(source, tmp_path / "b", *options, "--json").stdout)["label"]
 
 
 def test_the_command(source: Path, texts: Path, tmp_path: Path) -> None:
@@ -321,6 +449,11 @@ def test_the_command(source: Path, texts: Path, tmp_path: Path) -> None:
         (["--precision", "fp8", "--tokens-per-sample", "100000"], 2),
         (["--calibration", str(texts)], 2),
         (["--precision", "fp8", "--calibration", "none"], 2),
+        (["--device", "cpu"], 2),
+        (["--precision", "fp8", "--calibration", "none", "--format", "hf", "--samples", "3"], 2),
+        (["--precision", "fp8", "--calibration", "none", "--format", "hf", "--tokens-per-sample", "3"], 2),
+        (["--precision", "fp8", "--calibration", "none", "--format", "hf", "--device", "cpu"], 2),
+        (["--precision", "fp8", "--calibration", str(texts), "--samples", "13"], 2),
     ):
         done = subprocess.run(
             [*command[:-1], str(tmp_path / "no"), *wrong], capture_output=True, text=True, check=False

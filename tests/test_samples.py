@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def load(model: Path, folder: Path, *lines: Any, **options: Any) -> SampleSet:
     return load_samples(file, model, load_spec(model), **options)
 
 
-def text_of(model: Path, ids: tuple[int, ...]) -> str:
+def text_of(model: Path, ids: Sequence[int]) -> str:
     return Tokenizer.from_file(str(model / "tokenizer.json")).decode(list(ids), skip_special_tokens=False)
 
 
@@ -138,6 +139,23 @@ def test_files_without_texts_are_refused(model: Path, tmp_path: Path) -> None:
         load_samples(tmp_path / "absent.jsonl", model, load_spec(model))
     with pytest.raises(UsageError, match="0 samples"):
         load(model, tmp_path, {"text": "a"}, count=0)
+
+
+def test_no_more_samples_than_there_are(model: Path, tmp_path: Path) -> None:
+    assert len(load(model, tmp_path, {"text": "a"}, {"text": "b"}, count=2).samples) == 2
+    with pytest.raises(UsageError, match=r"3 samples were asked for; .* holds 2"):
+        load(model, tmp_path, {"text": "a"}, {"text": "b"}, count=3)
+
+
+def test_lines_that_would_take_the_tokenizer_long_are_refused(model: Path, tmp_path: Path) -> None:
+    assert load(model, tmp_path, {"text": "a b " * (1 << 17)}, tokens_per_sample=7).tokens == 7
+    with pytest.raises(UsageError, match=r"Line 2 .* longer than 1,048,576 bytes"):
+        load(model, tmp_path, {"text": "a"}, {"text": "a" * (1 << 20)})
+
+
+def test_token_ids_take_little_room(model: Path, tmp_path: Path) -> None:
+    (sample,) = load(model, tmp_path, {"text": "a" * 2000}).samples
+    assert len(sample.token_ids) == 512 and memoryview(sample.token_ids).nbytes == 4 * 512
 
 
 def test_texts_beyond_the_context_are_refused(model: Path, tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from nemobuild.cli import output
 from nemobuild.cli.options import Json, Output
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from nemobuild.convert.executor import Report
     from nemobuild.convert.workers import Progress
     from nemobuild.weights.snapshot import Snapshot
@@ -37,7 +39,7 @@ def convert(
     tokens_per_sample: Annotated[
         int | None, typer.Option(min=1, help="Tokens to which each text is cut (default: 512).")
     ] = None,
-    device: Annotated[str, typer.Option(help="Where to calibrate: cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="Where to calibrate: cpu or cuda (default: cpu).")] = None,
     tp: Annotated[int | None, typer.Option(min=1, help="Tensor-parallel ranks (default: the profile's, or 1).")] = None,
     pp: Annotated[
         int | None, typer.Option(min=1, help="Pipeline-parallel ranks (default: the profile's, or 1).")
@@ -69,25 +71,33 @@ def convert(
         "workers": workers,
     }
     precision = precision or checkpoint.precision
-    if precision != "fp8":
-        only_fp8 = {"calibration": calibration, "samples": samples, "tokens-per-sample": tokens_per_sample}
-        if given := [name for name, value in (only_fp8 | {"kv-scales": kv_scales}).items() if value is not None]:
-            raise UsageError("no-fp8", f"--{given[0]} is for --precision fp8.", next="Add it, or leave this out.")
+    how = {"samples": samples, "tokens-per-sample": tokens_per_sample, "device": device}
+    if precision != "fp8" and (given := _given(how | {"calibration": calibration, "kv-scales": kv_scales})):
+        raise UsageError("no-fp8", f"--{given} is for --precision fp8.", next="Add it, or leave this out.")
     clamp_kv = _clamped(kv_scales or checkpoint.kv_scales, form)
     snapshot = open_snapshot(source_folder(source), fp8=precision == "fp8")
+    brought, given_texts = snapshot.quantization is not None, calibration or checkpoint.calibration.texts
+    if (brought or given_texts == "none") and (given := _given(how)):
+        raise UsageError(
+            "no-calibration",
+            f"--{given} is for calibration, and there is none here.",
+            why="The source is FP8 already and brings its scales." if brought else "--calibration none runs no texts.",
+            next="Leave it out.",
+        )
     texts = {
-        "calibration": _path(calibration or checkpoint.calibration.texts),
+        "calibration": _path(given_texts),
         "samples": samples or checkpoint.calibration.samples,
         "tokens_per_sample": tokens_per_sample or checkpoint.calibration.tokens_per_sample,
         "reasoning": policy,
         "clamp_kv": clamp_kv,
-        "device": device,
+        "device": device or "cpu",
     }
+    label = None
     if precision == "fp8":
-        report = _to_fp8(snapshot, target, form | texts, resume=resume, quiet=json)
+        report, label = _to_fp8(snapshot, target, form | texts, resume=resume, quiet=json)
     else:
         report = _to_bf16(snapshot, target, form | {"precision": precision}, resume=resume, quiet=json)
-    _show(report, json=json)
+    _show(report, label, json=json)
 
 
 def _to_bf16(snapshot: Snapshot, target: Path, form: dict[str, Any], *, resume: bool, quiet: bool) -> Report:
@@ -106,7 +116,10 @@ def _to_bf16(snapshot: Snapshot, target: Path, form: dict[str, Any], *, resume: 
         )
 
 
-def _to_fp8(snapshot: Snapshot, target: Path, options: dict[str, Any], *, resume: bool, quiet: bool) -> Report:
+def _to_fp8(
+    snapshot: Snapshot, target: Path, options: dict[str, Any], *, resume: bool, quiet: bool
+) -> tuple[Report, str | None]:
+    """What was done, and the label of a result without calibration data."""
     from nemobuild.convert.quantize import prepare, quantize
     from nemobuild.units import format_bytes
 
@@ -132,10 +145,12 @@ def _to_fp8(snapshot: Snapshot, target: Path, options: dict[str, Any], *, resume
         show(progress.done_bytes, progress.total_bytes, now)
 
     with output.resumable(target), output.byte_progress("quantise", quiet=quiet) as show:
-        return quantize(plan, target, resume=resume, progress=tell)
+        report = quantize(plan, target, resume=resume, progress=tell)
+    label = "weights only, no data: activations are scaled while the model runs"
+    return report, label if plan.description is not None and plan.samples is None else None
 
 
-def _show(report: Report, *, json: bool) -> None:
+def _show(report: Report, label: str | None, *, json: bool) -> None:
     value = {
         "checkpoint": str(report.output),
         "key": report.key,
@@ -147,12 +162,15 @@ def _show(report: Report, *, json: bool) -> None:
             for r in report.requantized
         ],
         "zero_tensors": list(report.zero_tensors),
+        "label": label,
     }
     rows = [
         ("checkpoint", str(report.output)),
         ("written", output.speed(report.target_bytes, report.elapsed_s)),
         ("key", report.key[:16]),
     ]
+    if label is not None:
+        rows.append(("calibration", label))
     if report.requantized:
         worst = report.requantized[0]
         rows.append(
@@ -164,6 +182,11 @@ def _show(report: Report, *, json: bool) -> None:
     if report.zero_tensors:
         rows.append(("all zero", f"{len(report.zero_tensors)} tensors, such as {report.zero_tensors[0]}"))
     output.result(value, output.table(rows), as_json=json)
+
+
+def _given(options: Mapping[str, object]) -> str | None:
+    """Name of the first option that was given."""
+    return next((name for name, value in options.items() if value is not None), None)
 
 
 def _clamped(kv_scales: str, form: dict[str, Any]) -> bool:

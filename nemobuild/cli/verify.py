@@ -13,11 +13,13 @@ from nemobuild.cli import output
 from nemobuild.cli.options import Json
 
 if TYPE_CHECKING:
-    from nemobuild.convert.quality import HeldOutText, QualityReport
+    from nemobuild.convert.quality import HeldOutText, QualityReport, QualityThresholds
     from nemobuild.convert.verify import VerifyReport
+    from nemobuild.errors import NemobuildError
     from nemobuild.weights.snapshot import Snapshot
 
 _WORST = 5  # rows of each table
+_TOKENS = 128  # of each text
 
 
 def verify(
@@ -27,7 +29,9 @@ def verify(
     texts: Annotated[
         Path | None, typer.Option(help="JSON lines to measure FP8 on; default: the texts that ship with nemobuild.")
     ] = None,
-    tokens_per_text: Annotated[int, typer.Option(help="Tokens taken of each text.", min=2)] = 128,
+    tokens_per_text: Annotated[
+        int | None, typer.Option(help=f"Tokens taken of each text; default: {_TOKENS}.", min=2)
+    ] = None,
     bounds: Annotated[str | None, typer.Option(help="Profile whose quality bounds hold; default: built in.")] = None,
     weights_only: Annotated[bool, typer.Option("--weights-only", help="Leave the measurement on texts out.")] = False,
     svg: Annotated[Path | None, typer.Option(help="Write the error by block as a picture (FP8).")] = None,
@@ -36,9 +40,8 @@ def verify(
     """Compare names, shapes, types, values and logits; measure the quality of FP8. Exit status 7 beyond the bounds."""
     from nemobuild.config import load_profile
     from nemobuild.convert.quality import QualityThresholds
-    from nemobuild.convert.quality_plot import svg_errors
     from nemobuild.convert.verify import verify as compare
-    from nemobuild.errors import UsageError, VerificationFailed, from_os_error
+    from nemobuild.errors import UsageError, VerificationFailed
     from nemobuild.places import is_profile, place, source_folder
     from nemobuild.weights.snapshot import open_snapshot
 
@@ -47,14 +50,20 @@ def verify(
     thresholds = QualityThresholds(**load_profile(profile).quality.model_dump()) if profile else QualityThresholds()
     if against is None and not is_profile(checkpoint):
         raise UsageError("no-source", "--against is needed.", next=f"nemobuild verify {checkpoint} --against FOLDER")
+    precision = _precision(folder)
+    on_texts: dict[str, object] = {"--texts": texts, "--tokens-per-text": tokens_per_text, "--svg": svg}
+    if weights_only:
+        _refuse(on_texts, "--weights-only leaves the measurement on texts out")
+    if precision == "bf16":
+        others = {"--bounds": bounds, "--weights-only": weights_only or None}
+        _refuse(on_texts | others, f"{folder} is BF16, and only FP8 is measured")
+    if precision == "fp8":
+        _refuse({"--prompt": prompt or None}, f"{folder} is FP8, and logits are compared of BF16 only")
+    if svg is not None:
+        _check_writable(svg)
     snapshot = open_snapshot(source_folder(against or checkpoint), fp8=True)
-    held_out = [] if weights_only or not _is_fp8(folder) else _held_out(texts, snapshot, tokens_per_text)
-    if svg is not None and not held_out:
-        raise UsageError(
-            "nothing-to-draw",
-            "--svg draws what FP8 costs, and nothing is measured.",
-            why="Only FP8 checkpoints are measured, and only without --weights-only.",
-        )
+    measured = precision == "fp8" and not weights_only
+    held_out = _held_out(texts, snapshot, tokens_per_text or _TOKENS) if measured else []
     with output.byte_progress("verify", quiet=json) as show:
         report = compare(
             folder,
@@ -67,20 +76,54 @@ def verify(
         )
     value = asdict(report) | {"checkpoint": str(report.checkpoint), "passed": report.passed}
     output.result(_finite(value | {"thresholds": asdict(thresholds)}), _text(report), as_json=json)
-    if svg is not None and report.quality is not None:
-        try:
-            svg.write_text(svg_errors(str(folder), report.quality, report.weights, thresholds), encoding="utf-8")
-        except OSError as error:
-            raise from_os_error(error, svg, "writing") from error
+    not_drawn = None if svg is None else _draw(svg, folder, report, thresholds)
     if not report.passed:
         worst = report.findings[0]
-        measured = worst.kind in ("quality", "activations")
+        poor = worst.kind in ("quality", "activations")
         raise VerificationFailed(
-            "below-thresholds" if measured else "checkpoint-differs",
-            f"{folder} is not good enough." if measured else f"{folder} differs from {snapshot.path}.",
-            why=f"{worst.where}: {worst.what}",
-            next="Calibrate with other texts, or keep BF16." if measured else "Convert again into a new folder.",
+            "below-thresholds" if poor else "checkpoint-differs",
+            f"{folder} is not good enough." if poor else f"{folder} differs from {snapshot.path}.",
+            why=" ".join([f"{worst.where}: {worst.what}", *([str(not_drawn)] if not_drawn else [])]),
+            next="Calibrate with other texts, or keep BF16." if poor else "Convert again into a new folder.",
         )
+    if not_drawn is not None:
+        raise not_drawn
+
+
+def _refuse(options: dict[str, object], reason: str) -> None:
+    """Refuse the first of ``options`` that is given."""
+    from nemobuild.errors import UsageError
+
+    for option, value in options.items():
+        if value is not None:
+            raise UsageError("useless-option", f"{option} would do nothing.", why=f"{reason}.", next="Leave it out.")
+
+
+def _check_writable(svg: Path) -> None:
+    """Before hours of measurement. A file that is there stays as it is."""
+    from nemobuild.errors import from_os_error
+
+    try:
+        there = svg.exists() or svg.is_symlink()
+        svg.open("ab").close()
+        if not there:
+            svg.unlink()
+    except OSError as error:
+        raise from_os_error(error, svg, "writing") from error
+
+
+def _draw(svg: Path, folder: Path, report: VerifyReport, thresholds: QualityThresholds) -> NemobuildError | None:
+    """Write the picture; why it is not there, otherwise."""
+    from nemobuild.convert.quality_plot import svg_errors
+    from nemobuild.errors import UsageError, from_os_error
+
+    if report.quality is None:
+        return UsageError("nothing-to-draw", f"{svg} is not written, since nothing could be measured.")
+    try:
+        svg.write_text(svg_errors(str(folder), report.quality, report.weights, thresholds), encoding="utf-8")
+    except OSError as error:
+        return from_os_error(error, svg, "writing")
+    return None
 
 
 def _text(report: VerifyReport) -> str:
@@ -130,18 +173,20 @@ def _quality_text(quality: QualityReport) -> str:
     return "\n\n".join(tables)
 
 
-def _is_fp8(folder: Path) -> bool:
-    """Cheap look at the configs; a folder that cannot be read is reported by the comparison."""
+def _precision(folder: Path) -> str | None:
+    """Cheap look at the configs; None for a folder that cannot be read, which the comparison reports."""
     from nemobuild.errors import NemobuildError
     from nemobuild.model.hf_config import load_json
+    from nemobuild.weights.quantized import QUANT_CONFIG
 
     try:
         config = load_json(folder / "config.json")
     except NemobuildError:
-        return False
+        return None
     quantization = config.get("quantization")
     algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else None
-    return algorithm == "FP8" or "quantization_config" in config
+    inline = config.get("quantization_config") is not None
+    return "fp8" if algorithm == "FP8" or inline or (folder / QUANT_CONFIG).exists() else "bf16"
 
 
 def _held_out(texts: Path | None, snapshot: Snapshot, tokens: int) -> list[HeldOutText]:
@@ -150,7 +195,7 @@ def _held_out(texts: Path | None, snapshot: Snapshot, tokens: int) -> list[HeldO
 
     tokens = min(tokens, snapshot.spec.max_context_tokens)
     loaded = load_samples(texts or held_out(), snapshot.path, snapshot.spec, tokens_per_sample=tokens)
-    return [HeldOutText(s.token_ids, s.language or "") for s in loaded.samples if len(s.token_ids) > 1]
+    return [HeldOutText(s.token_ids, s.language or "", f"Line {s.line} of {loaded.path}") for s in loaded.samples]
 
 
 def _finite(value: Any) -> Any:

@@ -13,7 +13,6 @@ its ``LinearFn`` hook and from its KV cache. Scales follow TensorRT-LLM: largest
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,12 +21,14 @@ from typing import Any
 import numpy as np
 
 from nemobuild.convert.bf16 import Buffers, bf16_bits
-from nemobuild.convert.calibrate_devices import PANEL_VALUES, Device, NumpyDevice, Stream, TorchDevice, blas_threads
+from nemobuild.convert.calibrate_devices import PANEL_VALUES, Device, NumpyDevice, Stream, blas_threads
 from nemobuild.convert.calibrate_state import State
+from nemobuild.convert.calibrate_torch import TorchDevice, gpu_memory_errors, held_bytes, import_torch
 from nemobuild.convert.fp8 import scale_of
 from nemobuild.convert.scales import BlockScales, GroupScales, KvScales, quant_groups
+from nemobuild.convert.workers import available_cpus
 from nemobuild.errors import IntegrityError, UsageError
-from nemobuild.model.forward import Array, Segment, make_step, new_cache, run_block
+from nemobuild.model.forward import Array, Segment, new_cache, run_block
 from nemobuild.model.spec import Attention, Mlp, ModelSpec
 from nemobuild.weights.safetensors import read_array
 from nemobuild.weights.snapshot import Snapshot
@@ -67,7 +68,11 @@ class Pack:
 
 @dataclass(frozen=True, slots=True)
 class CalibrationPlan:
-    """What a calibration needs, known before it starts. ``memory_bytes`` is beyond the bare interpreter."""
+    """What a calibration needs, known before it starts. ``memory_bytes`` is beyond the bare interpreter.
+
+    Blocks and residual streams are exact. The arrays of a batch are counted at their worst moment; what the libraries
+    take themselves, on the host and on the GPU (``device_bytes``), is an estimate.
+    """
 
     device: str
     samples: int
@@ -85,15 +90,15 @@ def plan_calibration(snapshot: Snapshot, lengths: Sequence[int], device: str = "
     """Batches and peak memory for samples of ``lengths`` tokens. Reads no weights.
 
     On the CPU: the largest block as it is stored, and for each thread a widened panel and the arrays of one batch. On
-    a GPU: two blocks (one is read while the other runs), all residual streams, and the arrays of one batch.
+    a GPU: two buffers of the largest block (one is filled while the other runs), all residual streams, the positions of
+    all batches, the arrays of one batch, and a constant for CUDA itself.
     """
-    if device not in DEVICES:
-        raise UsageError("bad-device", f"--device {device!r} is unknown.", why=f"Known: {', '.join(DEVICES)}.")
+    _check_name(device)
     if not lengths or min(lengths) < 1:
         raise UsageError("calibration-empty", "There is no text to calibrate with.", next="Give at least one sample.")
     spec = snapshot.spec
     per_token = _bytes_per_token(spec)
-    threads = min(MAX_THREADS, len(os.sched_getaffinity(0))) if device == "cpu" else 1
+    threads = min(MAX_THREADS, available_cpus()) if device == "cpu" else 1
     fits = BATCH_BYTES[device] // (threads * per_token)
     # Enough batches to keep all threads busy to the end.
     share = -(-sum(lengths) // (4 * threads))
@@ -107,7 +112,11 @@ def plan_calibration(snapshot: Snapshot, lengths: Sequence[int], device: str = "
     batch_bytes = min(batch, longest) * per_token + kv_bytes + (score_bytes if spec.attention_blocks else 0)
     block_bytes = max(_block_bytes(snapshot, i) for i in range(len(spec.blocks)))
     stream_bytes = sum(lengths) * spec.hidden_size * 4
-    on_gpu = device == "cuda"
+    on_gpu, device_bytes = device == "cuda", 0
+    if on_gpu:
+        held = max(held_bytes(snapshot, i) for i in range(len(spec.blocks)))
+        step_bytes = sum(lengths) * (4 * spec.head_size + 8)
+        device_bytes = 2 * held + stream_bytes + step_bytes + batch_bytes + TorchDevice.FIXED_BYTES
     return CalibrationPlan(
         device=device,
         samples=len(lengths),
@@ -119,9 +128,16 @@ def plan_calibration(snapshot: Snapshot, lengths: Sequence[int], device: str = "
         memory_bytes=TorchDevice.HOST_BYTES
         if on_gpu
         else block_bytes + threads * (batch_bytes + 4 * PANEL_VALUES + _THREAD_BYTES),
-        device_bytes=2 * block_bytes + stream_bytes + batch_bytes if on_gpu else 0,
+        device_bytes=device_bytes,
         disk_bytes=2 * stream_bytes,
     )
+
+
+def check_device(device: str) -> None:
+    """Raise ``UsageError`` for an unknown device, ``ToolchainError`` for one that is not there."""
+    _check_name(device)
+    if device == "cuda":
+        import_torch(device)
 
 
 def calibrate(
@@ -136,8 +152,21 @@ def calibrate(
     """Scales of block 0, 1, ... of ``snapshot`` for token ids ``sequences``, each as soon as it is known.
 
     Blocks that ``state`` knows from an interrupted run come at once and unchanged. Ends early, without an error,
-    when ``stopped()``. Raises ``IntegrityError`` when an activation is NaN or Inf, with the block and the linear.
+    when ``stopped()``. Raises ``IntegrityError`` when an activation is NaN or Inf, with the block and the linear, and
+    ``DoesNotFit`` when the GPU's memory is full.
     """
+    with gpu_memory_errors():
+        yield from _calibrate(snapshot, sequences, plan, state, device, stopped)
+
+
+def _calibrate(
+    snapshot: Snapshot,
+    sequences: Sequence[Sequence[int]],
+    plan: CalibrationPlan,
+    state: State,
+    device: Device | None,
+    stopped: Callable[[], bool],
+) -> Iterator[BlockScales]:
     spec = snapshot.spec
     device = device or (NumpyDevice(snapshot) if plan.device == "cpu" else TorchDevice(snapshot))
     known = state.scales()
@@ -148,8 +177,7 @@ def calibrate(
     if state.saved is None:
         _embed(device, stream, sequences, plan)
         state.begin()
-    cores = len(os.sched_getaffinity(0))
-    with blas_threads(cores // plan.threads), ThreadPoolExecutor(plan.threads) as pool:
+    with blas_threads(available_cpus() // plan.threads), ThreadPoolExecutor(plan.threads) as pool:
         for i, weights in device.blocks(state.saved or 0):
             scales = _run(device, i, weights, stream, plan, pool, stopped)
             del weights
@@ -235,7 +263,8 @@ def _run_pack(device: Device, index: int, weights: Any, stream: Stream, most: in
             hidden = stream.read(first, last)
             if cache is None:
                 cache = new_cache(spec, block, pack.last - pack.first, hidden)
-            step = make_step(spec, segments, hidden)
+            # Only attention looks at positions.
+            step: Any = device.step(segments, hidden) if cache is not None else None
             stream.write(first, run_block(spec, block, weights, hidden, step, cache, watch))
         if cache is not None:
             watch.note("keys", cache.keys)
@@ -260,6 +289,11 @@ def _embed(device: Device, stream: Stream, sequences: Sequence[Sequence[int]], p
         part = ids[first : first + plan.batch_tokens]
         stream.write(first, device.embed(part))
     stream.turn(0)
+
+
+def _check_name(device: str) -> None:
+    if device not in DEVICES:
+        raise UsageError("bad-device", f"--device {device!r} is unknown.", why=f"Known: {', '.join(DEVICES)}.")
 
 
 def _short(group: str) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 from nemobuild.convert import modelopt_hf, trtllm
 from nemobuild.convert.fp8_map import with_fp8
 from nemobuild.convert.tensor_map import TensorMap
-from nemobuild.errors import UsageError, nearest
+from nemobuild.errors import IntegrityError, UsageError, nearest
 from nemobuild.weights.snapshot import Snapshot
 
 PRECISIONS, FORMATS, KV_CACHES = ("bf16", "fp8"), ("trtllm", "hf"), ("bf16", "fp8")
@@ -79,6 +79,7 @@ def check_form(form: Form, snapshot: Snapshot) -> None:
             raise _cannot("the source is the Hugging Face form in BF16 already", "Add --precision fp8.")
         if form.fp8_kv:
             raise _cannot("KV scales come from the calibration for FP8", "Add --precision fp8.")
+    _check_source(form, snapshot)
     if not form.static and form.format == "trtllm":
         raise _cannot(
             "a TensorRT-LLM checkpoint in FP8 holds a fixed scale for the input of every linear layer, and without "
@@ -88,16 +89,15 @@ def check_form(form: Form, snapshot: Snapshot) -> None:
     if not form.static and form.fp8_kv:
         raise _cannot(
             "KV scales are measured, and without calibration data there are none",
-            "Give calibration data, or take --kv-cache bf16.",
+            "Take --kv-cache bf16, or calibrate the BF16 form of the model with texts.",
         )
-    _check_source(form, snapshot)
 
 
 def _check_source(form: Form, snapshot: Snapshot) -> None:
     found = snapshot.quantization
     if found is None:
         return
-    if form.static and not found.static:
+    if not found.static and (form.static or form.format == "trtllm"):
         raise _cannot(
             f"{snapshot.path} is FP8 without input scales (activations are scaled while running), and a scale cannot "
             "be had from its weights",
@@ -121,6 +121,15 @@ def product(form: Form, snapshot: Snapshot) -> Product:
     tensor_map = modelopt_hf.sharded(tensor_map)
     files = modelopt_hf.file_names(len(tensor_map.ranks))
     config = modelopt_hf.config(snapshot.path, kv=form.fp8_kv, static=form.static)
+    try:
+        _text(config).encode()
+    except ValueError as error:
+        raise IntegrityError(
+            "bad-config",
+            f"config.json of {snapshot.path} cannot be written again.",
+            why=f"It holds NaN, Infinity or half of a Unicode character ({error}).",
+            next="Correct the file, or fetch it again.",
+        ) from error
     documents = {
         "config.json": _text(config),
         "hf_quant_config.json": _text(modelopt_hf.quant_config(kv=form.fp8_kv)),
@@ -131,7 +140,7 @@ def product(form: Form, snapshot: Snapshot) -> Product:
 
 
 def _text(value: object) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
 def _cannot(problem: str, next: str) -> UsageError:

@@ -80,7 +80,8 @@ class Journal:
 
     def forget(self) -> None:
         """Take back all jobs: their bytes are not there any more."""
-        self.done, self.zeros, self.scales = set(), set(), {}
+        for kept in (self.done, self.zeros, self.scales):
+            kept.clear()  # in place: others hold them
         with open(self._fd, "rb", closefd=False) as stream:
             stream.seek(0)
             os.ftruncate(self._fd, len(stream.readline()))

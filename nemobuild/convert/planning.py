@@ -38,12 +38,18 @@ class Plan:
     inputs: dict[str, Any]
     source_bytes: int
     target_bytes: int
+    carried_bytes: int
     workers: int
     peak_memory_bytes: int
 
     @property
     def tensor_map(self) -> TensorMap:
         return self.product.tensor_map
+
+    @property
+    def disk_bytes(self) -> int:
+        """Of the finished folder, with what is carried along."""
+        return self.target_bytes + self.carried_bytes + SMALL_FILES_BYTES
 
     @property
     def key(self) -> str:
@@ -83,6 +89,7 @@ def prepare(
     if workers < 1:
         raise UsageError("bad-workers", f"{workers} workers cannot convert anything.", next="Give at least 1.")
     worker_bytes = BUFFERS_PER_CHUNK * max(CHUNK_BYTES, 4 * widest)
+    carried = {name: _digest(path) for name, path in made.carried.items()}
     inputs = {
         "stage": "convert",
         "form": asdict(form),
@@ -90,7 +97,7 @@ def prepare(
         "tensor_map": tensor_map.digest(),
         "config": made.config,
         "calibration": calibration,
-        "carried": {name: _digest(path) for name, path in made.carried.items()},
+        "carried": {name: digest for name, (digest, _) in carried.items()},
         "tools": {"nemobuild": _version()},
     }
     return Plan(
@@ -100,6 +107,7 @@ def prepare(
         inputs=inputs,
         source_bytes=snapshot.weight_bytes,
         target_bytes=sum(math.prod(t.shape) * ITEM_BYTES[t.dtype] for t in targets),
+        carried_bytes=sum(size for _, size in carried.values()),
         workers=workers,
         peak_memory_bytes=BASE_MEMORY_BYTES + workers * worker_bytes,
     )
@@ -116,22 +124,26 @@ def identity(plan: Plan) -> dict[str, str]:
     }
 
 
-def check_space(output: Path, plan: Plan) -> None:
-    """Raise ``DoesNotFit`` when the disk is too small for what is still to be written."""
-    partial = partial_folder(output)
+def check_space(output: Path, plan: Plan, beside: Mapping[Path, int] | None = None) -> None:
+    """Raise ``DoesNotFit`` when the disk has no room for ``output`` and for the bytes of each folder ``beside`` it.
+
+    What an interrupted run left is counted as there already.
+    """
+    beside = beside or {}
     try:
-        reserved_bytes = sum(f.stat().st_blocks * 512 for f in partial.iterdir()) if partial.is_dir() else 0
+        kept = [file for d in (partial_folder(output), *beside) if d.is_dir() for file in d.iterdir()]
+        reserved_bytes = sum(f.stat().st_blocks * 512 for f in kept)
     except OSError as error:
-        raise from_os_error(error, partial, "looking at") from error
-    carried_bytes = sum(path.stat().st_size for path in plan.product.carried.values())
-    check_free(output.parent, plan.target_bytes + carried_bytes + SMALL_FILES_BYTES - reserved_bytes, "the checkpoint")
+        raise from_os_error(error, output, "looking at") from error
+    what = "the checkpoint" + (" with the samples between two blocks" if beside else "")
+    check_free(output.parent, plan.disk_bytes + sum(beside.values()) - reserved_bytes, what)
 
 
-def _digest(path: Path) -> str:
-    """sha256 (hex) of a small file."""
+def _digest(path: Path) -> tuple[str, int]:
+    """sha256 (hex) and bytes of a small file."""
     try:
-        with path.open("rb") as stream:
-            return hashlib.sha256(stream.read()).hexdigest()
+        content = path.read_bytes()
+        return hashlib.sha256(content).hexdigest(), len(content)
     except OSError as error:
         raise from_os_error(error, path, "reading") from error
 

@@ -58,10 +58,14 @@ class QualityThresholds:
 
 @dataclass(frozen=True, slots=True)
 class HeldOutText:
-    """Token ids of one text, and its language (``en``); texts of one language are reported together."""
+    """Token ids of one text, its language (``en``), and how errors call it.
+
+    Texts of one language are reported together.
+    """
 
     token_ids: Sequence[int]
     language: str = ""
+    name: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +137,9 @@ def measure_quality(
 
     Raises ``UsageError`` for a text of less than two tokens or with a token outside of the vocabulary.
     """
-    _check_texts(texts, source.spec.vocab_size)
+    if not texts:
+        raise UsageError("no-texts", "There is no text to measure on.", next="Give at least one text.")
+    check_texts(texts, source.spec.vocab_size)
     batches = _batches(texts)
     ids = [np.concatenate([np.asarray(texts[i].token_ids, np.int64) for i in batch]) for batch in batches]
     streams = [[forward.embed(model.ends, tokens) for tokens in ids] for model in (source, checkpoint)]
@@ -153,16 +159,19 @@ def measure_quality(
     return _report(texts, batches, sums, observed, residual_error)
 
 
-def _check_texts(texts: Sequence[HeldOutText], vocab: int) -> None:
-    if not texts:
-        raise UsageError("no-texts", "There is no text to measure on.", next="Give at least one text.")
+def check_texts(texts: Sequence[HeldOutText], vocab: int) -> None:
+    """Raise ``UsageError`` for a text of less than two tokens or with a token outside of the vocabulary."""
     for number, text in enumerate(texts):
-        if len(text.token_ids) < 2 or not all(0 <= token < vocab for token in text.token_ids):
+        name = text.name or f"Text {number}"
+        if len(text.token_ids) < 2:
             raise UsageError(
                 "bad-text",
-                f"Text {number} has {len(text.token_ids)} tokens, or one outside of the vocabulary of {vocab}.",
+                f"{name} is {len(text.token_ids)} token(s) long.",
                 why="At least two tokens are needed to compare a next one.",
+                next="Give longer texts, or leave this one out.",
             )
+        if not all(0 <= token < vocab for token in text.token_ids):
+            raise UsageError("bad-text", f"{name} has a token outside of the vocabulary of {vocab}.")
 
 
 def _batches(texts: Sequence[HeldOutText]) -> list[list[int]]:

@@ -10,6 +10,7 @@ A kill leaves two folders beside the output: the executor's partial one and the 
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -18,15 +19,15 @@ from pathlib import Path
 from typing import Any
 
 from nemobuild.convert import executor, planning
-from nemobuild.convert.calibrate import CalibrationPlan, calibrate, plan_calibration, weight_scales
-from nemobuild.convert.calibrate_devices import TorchDevice
+from nemobuild.convert.calibrate import CalibrationPlan, calibrate, check_device, plan_calibration, weight_scales
 from nemobuild.convert.calibrate_state import State
-from nemobuild.convert.journal import partial_folder, refuse_existing
+from nemobuild.convert.calibrate_torch import TorchDevice
+from nemobuild.convert.journal import refuse_existing
 from nemobuild.convert.samples import SampleSet, default_calibration, load_samples
 from nemobuild.convert.scales import BlockScales
 from nemobuild.convert.workers import Progress
+from nemobuild.engine.cpu.memory import available_memory_bytes
 from nemobuild.errors import DoesNotFit, NemobuildError, UsageError
-from nemobuild.folders import check_free
 from nemobuild.units import format_bytes
 from nemobuild.weights.snapshot import Snapshot
 
@@ -64,10 +65,13 @@ class QuantizePlan:
         return sum(size for _, size in self.parts)
 
     @property
+    def stream_bytes(self) -> int:
+        """Disk for the residual streams, which are gone in the end."""
+        return self.calibration.disk_bytes if self.calibration is not None else 0
+
+    @property
     def disk_bytes(self) -> int:
-        """The checkpoint, and the residual streams that are gone in the end."""
-        streams = self.calibration.disk_bytes if self.calibration is not None else 0
-        return self.conversion.target_bytes + planning.SMALL_FILES_BYTES + streams
+        return self.conversion.disk_bytes + self.stream_bytes
 
 
 def prepare(
@@ -91,7 +95,8 @@ def prepare(
     ``"none"``: scales from the weights alone, activations scaled while the model runs (Hugging Face form only). A
     source that is FP8 already keeps its scales and takes no texts.
 
-    Raises ``UsageError`` (form, texts), ``ToolchainError`` (``cuda`` without a GPU), ``IntegrityError`` (tokenizer).
+    Raises ``UsageError`` (form, device, texts), ``ToolchainError`` (``cuda`` without a GPU), ``IntegrityError``
+    (tokenizer).
     """
     form: dict[str, Any] = {"precision": "fp8", "format": format, "kv_cache": kv_cache, "clamp_kv": clamp_kv}
     form |= {"tp": tp, "pp": pp, "workers": workers, "static": calibration != NO_DATA}
@@ -109,7 +114,9 @@ def prepare(
         description: dict[str, Any] = {"method": "weights only", "activations": "dynamic"}
         conversion = planning.prepare(snapshot, **form, calibration=description)
         return QuantizePlan(snapshot, form, conversion, None, None, description)
-    planning.prepare(snapshot, **form)  # a form that cannot be is told before a thousand texts are read
+    # A form or a device that cannot be is told before a thousand texts are read.
+    planning.prepare(snapshot, **form)
+    check_device(device)
     path = Path(calibration) if calibration is not None else default_calibration()
     texts = load_samples(
         path, snapshot.path, snapshot.spec, count=samples, tokens_per_sample=tokens_per_sample, reasoning=reasoning
@@ -119,6 +126,8 @@ def prepare(
         "method": "largest magnitude",
         "activations": "static",
         "texts": f"sha256:{texts.digest}",
+        # What the texts became: tokenizer, template and reasoning policy are in it.
+        "token_ids": f"sha256:{_digest(texts)}",
         "samples": len(texts.samples),
         "tokens_per_sample": tokens_per_sample,
         "tokens": texts.tokens,
@@ -144,6 +153,9 @@ def quantize(
     output = Path(output).absolute()
     refuse_existing(output)
     check_room(plan, output)
+    if resume and calibration_folder(output).is_dir():
+        # Before anything is made or taken away; whoever has the executor's lock opens it again.
+        _open_state(plan, calibration_folder(output), resume=True).close()
     convert = partial(
         executor.convert,
         plan.snapshot,
@@ -192,36 +204,10 @@ def check_room(plan: QuantizePlan, output: Path) -> None:
                 "gpu-memory-too-small",
                 f"The GPU has {format_bytes(free_bytes)} free; calibration needs "
                 f"{format_bytes(plan.calibration.device_bytes)}.",
-                why="Two blocks of weights and the residual streams of all samples are held there.",
+                why="Two blocks of weights, the residual streams of all samples and one batch are held there.",
                 next="Give fewer --samples, or --device cpu.",
             )
-    kept = [f for d in (partial_folder(output), calibration_folder(output)) if d.is_dir() for f in d.iterdir()]
-    check_free(
-        output.parent,
-        plan.disk_bytes - sum(f.stat().st_blocks * 512 for f in kept),
-        "the checkpoint with the samples between two blocks",
-        "Free some space, choose another folder, or give fewer --samples.",
-    )
-
-
-def available_memory_bytes() -> int | None:
-    """What the machine, and the memory cgroup, still give this process; ``None`` when neither says."""
-    found = []
-    try:
-        with open("/proc/meminfo") as stream:
-            lines = dict(line.split(":", 1) for line in stream)
-        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    except (OSError, KeyError, ValueError):
-        pass
-    try:
-        group = Path("/sys/fs/cgroup")
-        limit, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        # Cached files count as used and are given back under pressure.
-        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-        found.append(int(limit) - int(used) + int(stat.get("inactive_file", 0)) + int(stat.get("active_file", 0)))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=None)
+    planning.check_space(output, plan.conversion, {calibration_folder(output): plan.stream_bytes})
 
 
 class _Source:
@@ -288,10 +274,23 @@ class _Source:
         plan = self._plan
         if plan.calibration is None or plan.samples is None:
             return weight_scales(plan.snapshot)
-        identity = {"source files": plan.snapshot.fingerprint, "calibration": str(plan.description)}
-        self._state = State(self._folder, identity, resume=self._resume)
+        self._state = _open_state(plan, self._folder, resume=self._resume)
         sequences = [s.token_ids for s in plan.samples.samples]
         return calibrate(plan.snapshot, sequences, plan.calibration, self._state, stopped=lambda: self._stopped)
+
+
+def _open_state(plan: QuantizePlan, folder: Path, *, resume: bool) -> State:
+    identity = {"source files": plan.snapshot.fingerprint, "calibration": str(plan.description)}
+    return State(folder, identity, resume=resume)
+
+
+def _digest(texts: SampleSet) -> str:
+    """sha256 (hex) of the token ids of all samples."""
+    digest = hashlib.sha256()
+    for sample in texts.samples:
+        digest.update(len(sample.token_ids).to_bytes(8, "little"))
+        digest.update(sample.token_ids.tobytes())
+    return digest.hexdigest()
 
 
 def _largest_block(snapshot: Snapshot) -> int:

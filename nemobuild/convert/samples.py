@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from array import array
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +29,8 @@ from nemobuild.runtime.template import ChatTemplate
 
 MAX_FILE_BYTES = 256 << 20
 MAX_SAMPLES = 65536
+# Far beyond any context; the tokenizer takes about 150 bytes of memory for each byte.
+MAX_LINE_BYTES = 1 << 20
 LANGUAGES = ("en", "de", "fr", "it", "pt", "hi", "es", "th")
 _KEYS = ("text", "messages", "tools", "reasoning", "language", "kind")
 
@@ -36,7 +39,7 @@ _KEYS = ("text", "messages", "tools", "reasoning", "language", "kind")
 class Sample:
     """One text. ``language`` and ``kind`` are what its line says about itself."""
 
-    token_ids: tuple[int, ...]
+    token_ids: array[int]  # 4 bytes each
     line: int
     language: str | None
     kind: str | None
@@ -101,6 +104,12 @@ def load_samples(
         )
     if len(lines) > MAX_SAMPLES:
         _refuse(path, lines[MAX_SAMPLES][0], f"the file has more than {MAX_SAMPLES} samples")
+    if count is not None and count > len(lines):
+        raise UsageError(
+            "bad-samples",
+            f"{count} samples were asked for; {path} holds {len(lines)}.",
+            next=f"Give --samples {len(lines)}, or fewer.",
+        )
     chosen = lines[:count]
     writer = _Writer(model, spec, reasoning)
     samples = tuple(_sample(path, n, line, i, writer, spec, tokens_per_sample) for i, (n, line) in enumerate(chosen))
@@ -121,6 +130,8 @@ def _read(path: Path) -> bytes:
 def _sample(
     path: Path, number: int, line: bytes, index: int, writer: _Writer, spec: ModelSpec, limit: int | None
 ) -> Sample:
+    if len(line) > MAX_LINE_BYTES:
+        _refuse(path, number, f"it is longer than {MAX_LINE_BYTES:,} bytes")
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -158,7 +169,7 @@ def _sample(
             why=f"The model's context is {spec.max_context_tokens} tokens.",
             next="Shorten it, or give a number of tokens per sample, to which all are cut.",
         )
-    return Sample(tuple(ids[:limit]), number, entry.get("language"), entry.get("kind"))
+    return Sample(array("I", ids[:limit]), number, entry.get("language"), entry.get("kind"))
 
 
 class _Writer:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemobuild.convert.quality import HeldOutText, QualityReport, QualityThresholds, measure_quality
+from nemobuild.convert.quality import HeldOutText, QualityReport, QualityThresholds, check_texts, measure_quality
 from nemobuild.convert.verify_models import StreamedModel, hf_model, hf_tensors, logit_error, trtllm_model
 from nemobuild.convert.verify_places import Layout, Place, hf_layout, trtllm_layout
 from nemobuild.convert.verify_tensors import (
@@ -35,6 +35,7 @@ from nemobuild.engine.cpu.checkpoint_config import CheckpointConfig, read_config
 from nemobuild.errors import NemobuildError, UsageError
 from nemobuild.model.hf_config import load_json, spec_from_config
 from nemobuild.model.spec import ModelSpec
+from nemobuild.weights.quantized import FLOAT8
 from nemobuild.weights.safetensors import TensorInfo, read_header
 from nemobuild.weights.snapshot import Snapshot
 
@@ -120,6 +121,7 @@ def verify(
     if prompts is None:
         prompts = default_prompts(against.spec)
     _check_prompts(prompts, against.spec)
+    check_texts(texts, against.spec.vocab_size)
     findings: list[Finding] = []
     compared_bytes, tensors, max_logit_error = 0, 0, None
     errors: tuple[WeightError, ...] = ()
@@ -205,7 +207,8 @@ def _open(checkpoint: Path, spec: ModelSpec, findings: list[Finding]) -> _Opened
     try:
         layout = hf_layout(checkpoint, spec, merged)
     except NemobuildError as error:
-        findings.append(Finding("config", "hf_quant_config.json", str(error)))
+        if not broken:  # what contradicts may lie in the unreadable file
+            findings.append(Finding("config", "quantization", str(error)))
         return None
     return _Opened(layout, None, frozenset({0}) if broken else broken)
 
@@ -245,7 +248,7 @@ def _compare_tensors(
     usable = set()
     for (rank, name), place in {(p.rank, p.name): p for _, p in layout.places}.items():
         info, where = layout.tensors[rank].get(name), layout.label(rank, name)
-        dtype = "F8_E4M3" if place.scale else "BF16"
+        dtype = FLOAT8 if place.scale else "BF16"
         if info is None:
             if rank not in opened.broken:
                 findings.append(Finding("missing", where, "The tensor is not there."))
@@ -302,7 +305,7 @@ def _finding(source: str, difference: Difference, layout: Layout) -> Finding:
 
 
 def _source(against: Snapshot) -> Source:
-    fp8 = any(info.dtype == "F8_E4M3" for info in against.tensors.values())
+    fp8 = any(info.dtype == FLOAT8 for info in against.tensors.values())
     return Source(against.tensors, hf_tensors(against.path) if fp8 else {})
 
 

@@ -20,6 +20,7 @@ from nemobuild.engine.cpu.checkpoint import open_checkpoint
 from nemobuild.errors import IntegrityError
 from nemobuild.model import forward
 from nemobuild.model.spec import Attention, ModelSpec
+from nemobuild.weights.quantized import FLOAT8
 from nemobuild.weights.safetensors import TensorInfo, bf16_to_float32, read_array, read_header
 
 HEAD_BLOCK_ROWS = 4096
@@ -117,7 +118,7 @@ def hf_model(spec: ModelSpec, tensors: Mapping[str, TensorInfo]) -> StreamedMode
 
     def read(name: str) -> Any:
         info = tensors[name]
-        if info.dtype != "F8_E4M3":
+        if info.dtype != FLOAT8:
             return bf16_to_float32(rounded_bits(info))
         weight_scale = read_scale(tensors, name, "weight_scale")
         assert weight_scale is not None

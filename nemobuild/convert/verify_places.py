@@ -2,20 +2,21 @@
 
 The converter thinks from target to source (pieces of a target tensor); here each source tensor is looked up in all
 files. ``trtllm_layout`` and ``hf_layout`` give the same form for both kinds of folder, so that one comparison serves.
+What a Hugging Face folder says about itself is read by the one reader of such documents.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemobuild.engine.cpu.checkpoint_config import CheckpointConfig
-from nemobuild.errors import IntegrityError
+from nemobuild.errors import IntegrityError, NemobuildError, UsageError
 from nemobuild.model.hf_config import load_json
 from nemobuild.model.spec import ModelSpec
+from nemobuild.weights.quantized import QUANT_CONFIG, Scheme, read_scheme
 from nemobuild.weights.safetensors import TensorInfo
 
 Tensors = list[dict[str, TensorInfo]]
@@ -146,9 +147,16 @@ def _trtllm_places(config: CheckpointConfig, spec: ModelSpec, tensors: Tensors) 
 
 
 def hf_layout(folder: Path, spec: ModelSpec, tensors: dict[str, TensorInfo]) -> Layout:
-    """Of a Hugging Face folder, BF16 or FP8 in ModelOpt's form. Raises ``IntegrityError`` for a contradiction in it."""
-    fp8, fp8_kv, excluded = read_hf_quantization(folder)
-    dynamic = not any(name.endswith(".input_scale") for name in tensors)
+    """Of a Hugging Face folder, BF16 or FP8 in ModelOpt's form. Raises ``NemobuildError`` for a contradiction in it.
+
+    Of a folder that nemobuild wrote more is asked than of others: both descriptions of the quantisation, and equal
+    scales where linears have one input. ModelOpt itself writes neither at all times, and readers get along.
+    """
+    config, ours = load_json(folder / "config.json"), _is_ours(folder)
+    scheme = read_scheme(folder, config)
+    if scheme is not None:
+        _check_form(folder, scheme, config, ours)
+    static = scheme is not None and scheme.is_static(tensors)
     places, scales = [], []
     for source, shape in spec.tensor_shapes().items():
         rows, columns = shape if len(shape) == 2 else (1, shape[0])
@@ -156,12 +164,12 @@ def hf_layout(folder: Path, spec: ModelSpec, tensors: dict[str, TensorInfo]) -> 
         if source.startswith("model.layers."):
             _, _, layer, part = module.split(".", 3)
             group = f"model.layers.{layer}.{_PLACES[part][2]}" if _PLACES[part][2] else ""
-        if fp8 and group and not any(_matches(module, pattern) for pattern in excluded):
-            scale = f"{module}.weight_scale"
-            scales.append(Scale(0, scale, f"{group} weights"))
-            if not dynamic:
-                scales.append(Scale(0, f"{module}.input_scale", f"{group} activation"))
-        if fp8_kv and module.endswith((".k_proj", ".v_proj")):
+        if scheme is not None and group and not scheme.excludes(module):
+            scale, equal = f"{module}.weight_scale", group if ours else module
+            scales.append(Scale(0, scale, f"{equal} weights"))
+            if static:
+                scales.append(Scale(0, f"{module}.input_scale", f"{equal} activation"))
+        if scheme is not None and scheme.kv and module.endswith((".k_proj", ".v_proj")):
             scales.append(Scale(0, f"{module}.{module[-6]}_scale", module))
         places.append((source, Place(0, source, (0, rows), (0, columns), 0, shape, scale, group)))
     if spec.tied_embeddings and "lm_head.weight" in tensors:
@@ -171,39 +179,30 @@ def hf_layout(folder: Path, spec: ModelSpec, tensors: dict[str, TensorInfo]) -> 
     return Layout([tensors], tuple(places), tuple(scales), ((), (1,)), lambda rank, name: name)
 
 
-def read_hf_quantization(folder: Path) -> tuple[bool, bool, tuple[str, ...]]:
-    """FP8 linears, FP8 KV cache, excluded modules. Raises when ``config.json`` and ``hf_quant_config.json`` differ."""
-    inline = load_json(folder / "config.json").get("quantization_config")
-    file = folder / "hf_quant_config.json"
-    if inline is None and not file.exists():
-        return False, False, ()
-    if not isinstance(inline, dict) or not file.exists():
-        absent = file.name if isinstance(inline, dict) else "quantization_config in config.json"
-        raise _contradiction(folder, f"{absent} is missing; some readers know this one only")
-    own = load_json(file).get("quantization")
-    own = own if isinstance(own, dict) else {}
-    scheme = inline.get("kv_cache_scheme")
-    kv = scheme if isinstance(scheme, str) or scheme is None else "FP8" if scheme.get("num_bits") == 8 else "?"
-    pairs: dict[str, tuple[Any, Any]] = {
-        "quant_algo": (own.get("quant_algo"), inline.get("quant_algo")),
-        "kv_cache_quant_algo and kv_cache_scheme": (own.get("kv_cache_quant_algo"), kv),
-        "exclude_modules and ignore": (sorted(own.get("exclude_modules") or []), sorted(inline.get("ignore") or [])),
-    }
-    for key, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise _contradiction(folder, f"{key}: {json.dumps(ours)} and {json.dumps(theirs)}")
-    if pairs["quant_algo"][0] != "FP8" or kv not in (None, "FP8"):
-        raise _contradiction(folder, f"quant_algo {own.get('quant_algo')!r}, KV cache {kv!r}: only FP8 is known")
-    return True, kv == "FP8", tuple(own.get("exclude_modules") or [])
+def _is_ours(folder: Path) -> bool:
+    """Whether ``manifest.json`` says that nemobuild wrote the folder. Others may have a file of that name, too."""
+    try:
+        inputs = load_json(folder / "manifest.json").get("inputs")
+    except NemobuildError:
+        return False
+    tools = inputs.get("tools") if isinstance(inputs, dict) else None
+    return isinstance(tools, dict) and "nemobuild" in tools
 
 
-def _matches(module: str, pattern: str) -> bool:
-    return module.startswith(pattern[:-1]) if pattern.endswith("*") else module == pattern
-
-
-def _contradiction(folder: Path, what: str) -> IntegrityError:
-    return IntegrityError(
-        "quantization-contradicts",
-        f"config.json and hf_quant_config.json of {folder} do not agree: {what}.",
-        next="Convert the model again.",
-    )
+def _check_form(folder: Path, scheme: Scheme, config: Mapping[str, Any], ours: bool) -> None:
+    if scheme.method != "modelopt":
+        raise UsageError(
+            "unsupported-quantization",
+            f"{folder} is FP8 in the form of {scheme.method}.",
+            why="FP8 folders are verified in ModelOpt's form only.",
+            next="Convert it with --precision fp8, and verify the result.",
+        )
+    both = {QUANT_CONFIG: (folder / QUANT_CONFIG).exists()}
+    both["quantization_config in config.json"] = config.get("quantization_config") is not None
+    absent = [name for name, there in both.items() if not there]
+    if ours and absent:
+        raise IntegrityError(
+            "quantization-contradicts",
+            f"{absent[0]} is missing in {folder}; some readers know this one only.",
+            next="Convert the model again.",
+        )

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from nemobuild.convert.verify_models import read_scale, rounded_bits
 from nemobuild.convert.verify_places import Layout, Place, Scale
 from nemobuild.engine.cpu.fp8 import decode
+from nemobuild.weights.quantized import FLOAT8
 from nemobuild.weights.safetensors import TensorInfo, read_array
 
 ROW_BLOCK_BYTES = 4 << 20
@@ -68,7 +69,7 @@ class Source:
         """Rows of a tensor in float32, FP8 multiplied by its scale."""
         info = self.tensors[name]
         array = read_array(info, rows=rows if len(info.shape) > 1 else None)
-        if info.dtype != "F8_E4M3":
+        if info.dtype != FLOAT8:
             return array.astype(np.float32, copy=False)
         return decode(array) * np.float32(read_scale(self.scales, name, "weight_scale") or 0)
 

@@ -101,7 +101,12 @@ class Run:
 
 def default_workers() -> int:
     """One per CPU; beyond a few the disk is the limit."""
-    return min(MAX_WORKERS, os.cpu_count() or 1)
+    return min(MAX_WORKERS, available_cpus())
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on, which in a container can be fewer than the machine has."""
+    return len(os.sched_getaffinity(0))
 
 
 def make_jobs(tensor_map: TensorMap, sources: Mapping[str, TensorInfo], writers: list[ShardWriter]) -> Iterator[Job]:

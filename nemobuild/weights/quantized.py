@@ -10,11 +10,11 @@ against the tensors before anything is believed. Only headers are read here; the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from nemobuild.errors import IntegrityError, UsageError
 from nemobuild.model.hf_config import load_json
@@ -36,12 +36,27 @@ _SUPPORTED = (
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """What a folder says: the form, whether the KV cache is FP8, and patterns of modules left as they were."""
+    """What a folder says: the form, whether the KV cache is FP8, and patterns of modules left as they were.
+
+    ``static`` tells whether the scales of activations are fixed; None: the folder does not say.
+    """
 
     method: str
     kv: bool
     excluded: tuple[str, ...]
     source: Path
+    static: bool | None = None
+
+    def excludes(self, module: str) -> bool:
+        return any(fnmatchcase(module, pattern) for pattern in self.excluded)
+
+    def is_static(self, tensors: Iterable[str]) -> bool:
+        """Whether there are input scales among ``tensors``. Raises ``IntegrityError`` if it says otherwise."""
+        found = any(name.endswith(".input_scale") for name in tensors)
+        if self.static in (None, found):
+            return found
+        said, held = ("true", "there are input_scale tensors") if found else ("false", "there is no input_scale")
+        raise _contradiction(self.source, f"input_activations.dynamic in its config_groups is {said}, but {held}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +93,15 @@ def read_scheme(path: Path, config: Mapping[str, Any]) -> Scheme | None:
         scheme = _compressed(inline, file)
     elif method == "modelopt":
         described = {"quant_algo": inline.get("quant_algo"), "exclude_modules": inline.get("ignore")}
-        scheme = _modelopt(described | {"kv_cache_quant_algo": _kv_algorithm(inline)}, file)
+        described |= {"kv_cache_quant_algo": _kv_algorithm(inline, file)}
+        scheme = replace(_modelopt(described, file), static=_static(inline, file, stated=False))
     else:
         raise _unsupported(file, f"quant_method {method!r}"[:100])
     if separate is not None:
         for what, one, other in (
             ("method", separate.method, scheme.method),
-            ("KV cache", separate.kv, scheme.kv),
-            ("excluded modules", set(separate.excluded), set(scheme.excluded)),
+            ("KV cache (kv_cache_quant_algo, kv_cache_scheme)", separate.kv, scheme.kv),
+            ("excluded modules (exclude_modules, ignore)", set(separate.excluded), set(scheme.excluded)),
         ):
             if one != other:
                 raise _contradiction(path, f"{QUANT_CONFIG} and config.json differ in the {what}: {one} and {other}")
@@ -112,7 +128,7 @@ def scales_of(scheme: Scheme, spec: ModelSpec, tensors: Mapping[str, TensorInfo]
     weights = {name: _stem(name) + "weight_scale" for name in linears}
     inputs = {name: _stem(name) + "input_scale" for name in linears}
     _check_all(scheme, list(weights.values()), tensors)
-    if any(scale in tensors for scale in inputs.values()):
+    if scheme.is_static(tensors):
         _check_all(scheme, list(inputs.values()), tensors)
     else:
         inputs = {}
@@ -134,7 +150,7 @@ def scales_of(scheme: Scheme, spec: ModelSpec, tensors: Mapping[str, TensorInfo]
 
 def _check_dtypes(scheme: Scheme, linears: Sequence[str], tensors: Mapping[str, TensorInfo]) -> None:
     present = [name for name in linears if name in tensors]
-    excluded = [n for n in present if any(fnmatchcase(n.removesuffix(".weight"), p) for p in scheme.excluded)]
+    excluded = [name for name in present if scheme.excludes(name.removesuffix(".weight"))]
     fp8 = [name for name in present if tensors[name].dtype == FLOAT8]
     wrong = sorted(set(excluded) & set(fp8))
     if wrong:
@@ -182,28 +198,56 @@ def _modelopt(value: object, file: Path) -> Scheme:
 
 
 def _compressed(value: Mapping[str, Any], file: Path) -> Scheme:
-    groups = value.get("config_groups")
-    if value.get("format") not in ("float-quantized", None) or not isinstance(groups, dict) or not groups:
+    if value.get("format") not in ("float-quantized", None):
         raise _unsupported(file, f"compressed-tensors of format {str(value.get('format'))[:80]!r}")
+    static = _static(value, file, stated=True)
+    kv = _kv_algorithm(value, file) == "FP8"
+    return Scheme("compressed-tensors", kv, _patterns(value.get("ignore"), file), file, static)
+
+
+def _static(value: Mapping[str, Any], file: Path, *, stated: bool) -> bool | None:
+    """Whether ``config_groups`` says that input scales are fixed; None: it does not say.
+
+    Refuses what is not E4M3 with one scale per tensor. ModelOpt leaves some of it out, or all, since its
+    ``quant_algo`` says it; only it may scale inputs while running. ``stated`` demands every field.
+    """
+    groups = value.get("config_groups")
+    if groups is None and not stated:
+        return None
+    if not isinstance(groups, dict) or not groups:
+        raise _unsupported(file, f"config_groups {_summary(groups)!r}")
+    found = set()
     for name, group in groups.items():
         for part in ("weights", "input_activations"):
-            args = group.get(part) if isinstance(group, dict) else None
-            if not isinstance(args, dict) or not _is_float8(args) or args.get("strategy") != "tensor":
+            args = group.get(part) if isinstance(group, dict) else "nothing"
+            if args is None and not stated:
+                continue
+            known = (None, False, True) if part == "input_activations" and not stated else (None, False)
+            if not _is_float8(args, known) or args.get("strategy", None if stated else "tensor") != "tensor":
                 raise _unsupported(file, f"config_groups.{name}.{part} {_summary(args)}")
-        if group.get("targets") != ["Linear"] or group.get("output_activations"):
+            if part == "input_activations":
+                found.add(args.get("dynamic"))
+        if group.get("targets", None if stated else ["Linear"]) != ["Linear"] or group.get("output_activations"):
             raise _unsupported(file, f"config_groups.{name} for other targets than all linear layers")
-    return Scheme("compressed-tensors", _kv_algorithm(value) == "FP8", _patterns(value.get("ignore"), file), file)
+    if len(found) > 1:
+        raise _unsupported(file, "config_groups that differ in input_activations.dynamic")
+    dynamic = found.pop() if found else None
+    return None if dynamic is None else not dynamic
 
 
-def _kv_algorithm(value: Mapping[str, Any]) -> object:
+def _kv_algorithm(value: Mapping[str, Any], file: Path) -> str | None:
     scheme = value.get("kv_cache_scheme")
-    if isinstance(scheme, dict):
-        return "FP8" if _is_float8(scheme) else _summary(scheme)
-    return scheme
+    if scheme in (None, "FP8"):
+        return scheme
+    if not _is_float8(scheme):
+        raise _unsupported(file, f"kv_cache_scheme {_summary(scheme)!r}")
+    return "FP8"
 
 
-def _is_float8(args: Mapping[str, Any]) -> bool:
-    return args.get("num_bits") == 8 and args.get("type") == "float" and not args.get("dynamic")
+def _is_float8(args: object, dynamic: Sequence[object] = (None, False)) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(args, dict):
+        return False
+    return args.get("num_bits") == 8 and args.get("type") == "float" and args.get("dynamic") in dynamic
 
 
 def _patterns(value: object, file: Path) -> tuple[str, ...]:

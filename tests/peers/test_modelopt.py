@@ -25,6 +25,7 @@ from nemobuild.convert.calibrate_state import State
 from nemobuild.convert.executor import convert
 from nemobuild.convert.samples import default_calibration, held_out, load_samples
 from nemobuild.convert.scales import BlockScales, quant_groups
+from nemobuild.convert.verify import verify
 from nemobuild.convert.verify_models import StreamedModel, linear, trtllm_model
 from nemobuild.demo import write_smollm2
 from nemobuild.model import forward
@@ -338,6 +339,12 @@ def test_perplexity_of_the_tensorrt_llm_checkpoint(smollm2: Roads, tmp_path: Pat
     (theirs / "config.json").write_text(json.dumps(config))
     models = trtllm_model(smollm2.ours / "trtllm"), trtllm_model(theirs)
     assert_same_perplexity(*(our_losses(model, smollm2.held_out) for model in models))
+
+
+def test_their_folder_is_verified_against_its_source(smollm2: Roads) -> None:
+    """Every weight is within half a step of the source, though scales of linears of one input are unequal."""
+    report = verify(smollm2.theirs / "hf", open_snapshot(smollm2.source))
+    assert report.findings == () and len(report.weights) == 7 * 30
 
 
 def test_compressed_tensors_runs_the_folder(smollm2: Roads, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from ...model.forward import BlockWeights, EndWeights, KvCache, Segment
 from ...model.spec import ModelSpec
 from . import fp8, panels
 from .checkpoint import Checkpoint
+from .memory import CGROUP, MEMINFO, available_memory_bytes
 
 Layout = Literal["auto", "panels", "plain"]
 _FLOAT_BYTES = 4
@@ -110,12 +111,10 @@ class RowPool:
         self._free = merged
 
 
-def require_memory(spec: ModelSpec, kv_cache_tokens: int, meminfo: Path = Path("/proc/meminfo")) -> None:
-    """Raise ``DoesNotFit`` when float32 weights and KV pool exceed ``MemAvailable``. Nothing to compare: no check."""
-    try:
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        available_bytes = int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
+def require_memory(spec: ModelSpec, kv_cache_tokens: int, meminfo: Path = MEMINFO, cgroup: Path = CGROUP) -> None:
+    """Raise ``DoesNotFit`` when float32 weights and KV pool exceed the memory. Nothing to compare with: no check."""
+    available_bytes = available_memory_bytes(meminfo, cgroup)
+    if available_bytes is None:
         return
     weight_bytes = spec.parameter_count * _FLOAT_BYTES
     kv_bytes = spec.kv_bytes_per_token(_FLOAT_BYTES) * kv_cache_tokens
