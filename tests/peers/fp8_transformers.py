@@ -48,6 +48,22 @@ def losses(model: Any, texts: Iterable[Sequence[int]]) -> list[float]:
     return found
 
 
+def block_streams(model: Any, text: Sequence[int]) -> list[tuple[Any, Any]]:
+    """The residual stream (tokens, hidden) before and after every block."""
+    found: list[tuple[Any, Any]] = []
+
+    def note(module: Any, inputs: Any, output: Any) -> None:
+        after = output[0] if isinstance(output, tuple) else output
+        found.append((inputs[0].reshape(len(text), -1).numpy(), after.reshape(len(text), -1).numpy()))
+
+    hooks = [layer.register_forward_hook(note) for layer in model.model.layers]
+    with torch.no_grad():
+        model(torch.tensor([text]), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
 def cast(x: Any, scale: Any) -> Any:
     """``x`` after a round trip through E4M3, saturating at 448."""
     return (x / scale).clamp(-448, 448).to(E4M3).float() * scale
