@@ -22,8 +22,9 @@ COMMANDS = {
     "nemobuild profiles": ["-m", "nemobuild", "profiles"],
     "nemobuild inspect super-49b-v1.5": ["-m", "nemobuild", "inspect", "super-49b-v1.5"],
     "nemobuild inspect ultra-253b-v1 --json": ["-m", "nemobuild", "inspect", "ultra-253b-v1", "--json"],
+    "nemobuild plan super-49b-v1.5-h100-fp8": ["-m", "nemobuild", "plan", "super-49b-v1.5-h100-fp8"],
 }
-GOAL_S = 0.4
+GOAL_S = dict.fromkeys(COMMANDS, 0.4) | {"nemobuild plan super-49b-v1.5-h100-fp8": 0.5}
 
 
 def main() -> None:
@@ -38,8 +39,11 @@ def main() -> None:
             times[name].append(time.perf_counter() - begin)
     medians = {name: statistics.median(values) for name, values in times.items()}
     lines = ["# Start of commands that only answer", "", f"`python benchmarks/cli_start.py --rounds {rounds}`", ""]
-    lines += [f"Goal: below {GOAL_S} s each.", "", "| command | median | slowest |", "|---|---|---|"]
-    lines += [f"| `{name}` | {medians[name]:.3f} s | {max(values):.3f} s |" for name, values in times.items()]
+    lines += ["| command | median | slowest | goal |", "|---|---|---|---|"]
+    lines += [
+        f"| `{name}` | {medians[name]:.3f} s | {max(values):.3f} s | {GOAL_S[name]} s |"
+        for name, values in times.items()
+    ]
     print("\n".join(lines))
     RESULTS.mkdir(exist_ok=True)
     (RESULTS / "cli_start.md").write_text("\n".join(lines) + "\n")

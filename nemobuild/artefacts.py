@@ -59,7 +59,8 @@ def reasons(plan: Plan, name: str, stage: str, timing_cache: Path | None) -> tup
     manifest = read_manifest(folder)
     if not manifest:
         return (f"its {MANIFEST} is missing or damaged",)
-    found = tuple(_differences(_RECORDED[stage](manifest), wanted(plan, name, stage, timing_cache)))
+    recorded, now = _RECORDED[stage](manifest), wanted(plan, name, stage, timing_cache)
+    found = tuple(_differences(recorded, now)) if recorded else ("it does not say what it was made from",)
     damaged = changed_file(folder, _sizes(manifest))
     return found if damaged is None else (*found, f"{damaged} is missing or was changed")
 
@@ -71,17 +72,26 @@ def key_of(folder: Path) -> str | None:
 
 
 def read_manifest(folder: Path) -> Mapping[str, Any]:
-    """``manifest.json`` of an artefact; empty where there is none, or a damaged one."""
+    """``manifest.json`` of an artefact; empty where there is none, or one that is not of the form that we write."""
     try:
-        return load_json(folder / MANIFEST)
+        manifest = load_json(folder / MANIFEST)
     except NemobuildError:
         return {}
+    inputs, files = manifest.get("inputs"), manifest.get("files")
+    if not isinstance(inputs, dict) or not isinstance(files, dict):
+        return {}
+    sections = [inputs[name] for name in ("form", "calibration", "tools") if inputs.get(name) is not None]
+    sound = all(isinstance(section, dict) for section in sections) and all(map(_is_size, files.values()))
+    return manifest if sound else {}
+
+
+def _is_size(entry: object) -> bool:
+    return isinstance(entry.get("bytes") if isinstance(entry, dict) else entry, int)
 
 
 def _sizes(manifest: Mapping[str, Any]) -> dict[str, int]:
     """Size of every file that a manifest lists; the repository's also has digests."""
-    files = manifest.get("files", {})
-    return {name: entry["bytes"] if isinstance(entry, dict) else entry for name, entry in files.items()}
+    return {name: entry["bytes"] if isinstance(entry, dict) else entry for name, entry in manifest["files"].items()}
 
 
 def _flat(value: Mapping[str, Any], prefix: str = "") -> dict[str, object]:
@@ -125,15 +135,15 @@ def _checkpoint_wanted(plan: Plan, name: str, timing_cache: Path | None) -> Valu
         "format": form.format,
         "tensor_parallel": form.tensor_parallel,
         "pipeline_parallel": form.pipeline_parallel,
-        **{f"calibration.{k}": v for k, v in (_calibration(plan) if calibrates else {}).items()},
+        **{f"calibration.{k}": v for k, v in (_calibration(plan, snapshot.path) if calibrates else {}).items()},
         "nemobuild": __version__,
     }
 
 
-def _calibration(plan: Plan) -> Values:
+def _calibration(plan: Plan, source: Path) -> Values:
     """The texts that an FP8 checkpoint is calibrated with, as ``convert`` records them."""
     from nemobuild.convert.quantize import NO_DATA
-    from nemobuild.convert.samples import default_calibration
+    from nemobuild.convert.samples import default_calibration, prompt_digest
 
     given = plan.profile.checkpoint.calibration
     if given.texts == NO_DATA:
@@ -146,6 +156,7 @@ def _calibration(plan: Plan) -> Values:
     count = sum(1 for line in raw.split(b"\n") if line.strip())
     return {
         "texts": f"sha256:{hashlib.sha256(raw).hexdigest()}",
+        "prompt": prompt_digest(source, plan.profile.reasoning.policy),
         "samples": min(count, given.samples or count),
         "tokens_per_sample": given.tokens_per_sample,
     }
@@ -153,8 +164,8 @@ def _calibration(plan: Plan) -> Values:
 
 def _checkpoint_recorded(manifest: Mapping[str, Any]) -> Values:
     """The inputs in the manifest that ``convert`` writes, under the profile's names."""
-    inputs = manifest.get("inputs", {})
-    form, calibration = inputs.get("form", {}), inputs.get("calibration") or {}
+    inputs = manifest["inputs"]
+    form, calibration = inputs.get("form") or {}, inputs.get("calibration") or {}
     found = {
         "source": inputs.get("snapshot"),
         "precision": form.get("precision"),
@@ -163,9 +174,9 @@ def _checkpoint_recorded(manifest: Mapping[str, Any]) -> Values:
         "format": form.get("format"),
         "tensor_parallel": form.get("tp"),
         "pipeline_parallel": form.get("pp"),
-        "nemobuild": inputs.get("tools", {}).get("nemobuild"),
+        "nemobuild": (inputs.get("tools") or {}).get("nemobuild"),
     }
-    fields = ("texts", "samples", "tokens_per_sample")
+    fields = ("texts", "prompt", "samples", "tokens_per_sample")
     return found | {f"calibration.{field}": calibration[field] for field in fields if field in calibration}
 
 
@@ -194,8 +205,8 @@ def _repository_wanted(plan: Plan, name: str, timing_cache: Path | None) -> Valu
 
 
 def _inputs_recorded(manifest: Mapping[str, Any]) -> Values:
-    found = manifest.get("inputs")
-    return found if isinstance(found, dict) else {}
+    found: Values = manifest["inputs"]
+    return found
 
 
 _WANTED: Mapping[str, Callable[[Plan, str, Path | None], Values]] = {

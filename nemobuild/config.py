@@ -6,11 +6,13 @@ production. Every field says what it means and in which unit; the JSON Schema an
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from nemobuild.errors import UsageError, from_os_error, nearest
 from nemobuild.resources import data_folder
@@ -21,13 +23,18 @@ MAX_PROFILE_BYTES = 1 << 20
 
 
 class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 class ModelConfig(_Strict):
     source: str = Field(description="Hugging Face folder, Hub id, or a path relative to the working folder.")
     revision: str | None = Field(default=None, description="Commit of the Hub repository; a full sha is reproducible.")
     known: str | None = Field(default=None, description="Name in engine_configs/models, for planning without weights.")
+
+    @field_validator("known")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        return name if name is None else _one_of(name, known_models())
 
 
 class CalibrationConfig(_Strict):
@@ -155,11 +162,11 @@ class LimitsConfig(_Strict):
             raise ValueError("max_prompt_tokens must be less than max_context_tokens")
         if self.kv_cache_tokens is not None and self.kv_cache_tokens < self.max_context_tokens:
             raise ValueError("kv_cache_tokens must hold at least one request of max_context_tokens")
-        if (
-            self.thinking_tokens is not None
-            and self.thinking_tokens + self.default_max_tokens >= self.max_context_tokens
-        ):
-            raise ValueError("thinking_tokens and default_max_tokens together must be less than max_context_tokens")
+        if (self.thinking_tokens or 0) + self.default_max_tokens >= self.max_context_tokens:
+            both = "thinking_tokens and default_max_tokens together" if self.thinking_tokens else "default_max_tokens"
+            raise ValueError(
+                f"{both} must be less than max_context_tokens; default_max_tokens is {self.default_max_tokens}"
+            )
         return self
 
     @property
@@ -189,6 +196,11 @@ class ReasoningConfig(_Strict):
     default: Literal["on", "off", "auto"] = Field(default="auto", description="Mode when a request names none.")
     sampling_on: SamplingConfig = Field(default=SamplingConfig(temperature=0.6, top_p=0.95))
     sampling_off: SamplingConfig = Field(default=SamplingConfig())
+
+    @field_validator("policy")
+    @classmethod
+    def _is_known(cls, name: str) -> str:
+        return _one_of(name, _policy_names())
 
 
 _FORMAT = "checkpoint.format must be hf for the runtime llmapi, trtllm for tensorrt and cpu"
@@ -239,6 +251,11 @@ def profile_names() -> list[str]:
     return sorted(path.stem for path in (data_folder("engine_configs") / "profiles").glob("*.yaml"))
 
 
+def known_models() -> list[str]:
+    """Names of the model configurations that ship with nemobuild."""
+    return sorted(path.stem for path in (data_folder("engine_configs") / "models").glob("*.json"))
+
+
 def load_profile(name_or_path: str) -> EngineConfig:
     """A shipped profile by name, or a YAML file by path. Raises ``UsageError`` that names the field."""
     path = Path(name_or_path)
@@ -262,6 +279,12 @@ def reasoning_policies() -> dict[str, ReasoningPolicy]:
     """The policies in ``engine_configs/reasoning.yaml`` by name."""
     data = read_yaml(data_folder("engine_configs") / "reasoning.yaml")
     return {name: ReasoningPolicy(**fields) for name, fields in data.items()}
+
+
+@cache
+def _policy_names() -> tuple[str, ...]:
+    """A plan tries many profiles, so the file is not read for each."""
+    return tuple(reasoning_policies())
 
 
 def reasoning_policy(name: str) -> ReasoningPolicy:
@@ -289,11 +312,18 @@ def read_yaml(path: Path) -> Any:
         raise UsageError("bad-yaml", f"{path} is not valid YAML.", why=f"{error}.") from error
 
 
+def _one_of(name: str, known: Collection[str]) -> str:
+    if name not in known:
+        raise ValueError(nearest(name, known))
+    return name
+
+
 def _explain(error: ValidationError, path: Path) -> UsageError:
     """The first problem, with the field's full name; for an unknown key also the nearest known one."""
     first = error.errors()[0]
     where = ".".join(str(part) for part in first["loc"]) or "the document"
-    why = first["msg"].removeprefix("Value error, ") + "."
+    why = first["msg"].removeprefix("Value error, ")
+    why += "" if why.endswith((".", "?")) else "."
     if first["type"] == "extra_forbidden":
         why = f"This key is unknown. {nearest(str(first['loc'][-1]), _known_keys(first['loc'][:-1]))}"
     elif first["type"] != "missing":

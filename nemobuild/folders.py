@@ -64,7 +64,7 @@ def changed_file(folder: Path, sizes_bytes: Mapping[str, int]) -> str | None:
         try:
             if os.stat(folder / name).st_size != size_bytes:
                 return name
-        except OSError:
+        except (OSError, ValueError):  # a name that no file can have
             return name
     return None
 

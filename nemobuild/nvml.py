@@ -13,7 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from nemobuild.errors import ToolchainError
+from nemobuild.errors import ToolchainError, UsageError
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_NO_GPU = ("", "-1", "NoDevFiles")  # in VISIBLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +33,7 @@ class GpuReading:
     """One GPU. ``None`` where the card has no such thing; ``ecc_errors`` are uncorrected, since the driver's start."""
 
     index: int
+    uuid: str
     name: str
     memory_total_bytes: int
     memory_used_bytes: int
@@ -88,22 +92,53 @@ def read_nvidia() -> NvidiaReading:
 
 
 def pick_gpus(gpus: tuple[GpuReading, ...], sm: tuple[int, int] | None, count: int) -> tuple[GpuReading, ...]:
-    """``count`` GPUs to use: those in CUDA_VISIBLE_DEVICES if it holds numbers, else of the compute capability ``sm``,
-    else any. May be fewer.
+    """``count`` GPUs to use: those in CUDA_VISIBLE_DEVICES if it is set, else of the compute capability ``sm``, else
+    any. May be fewer. Raises ``UsageError`` for a variable that is not understood.
     """
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-    if all(number.strip().isdigit() for number in visible):
-        asked = [int(number) for number in visible]
-        return tuple(gpu for number in asked for gpu in gpus if gpu.index == number)[:count]
+    visible = os.environ.get(VISIBLE)
+    if visible is not None:
+        return _visible(visible, gpus)[:count]
     fitting = tuple(gpu for gpu in gpus if gpu.sm == sm)
     return (fitting if len(fitting) >= count else gpus)[:count]
+
+
+def _visible(text: str, gpus: tuple[GpuReading, ...]) -> tuple[GpuReading, ...]:
+    """What CUDA sees, in that order: GPUs by number or by the beginning of their UUID, up to the first that is none."""
+    found: list[GpuReading] = []
+    for word in map(str.strip, text.split(",")):
+        if word in _NO_GPU:
+            break
+        if not (word.isdecimal() or word.startswith("GPU-")):
+            raise UsageError(
+                "bad-visible-devices",
+                f"{VISIBLE} is {text!r}.",
+                why=f"{word!r} is neither a GPU's number nor its UUID (GPU-...); slices of a GPU are not supported.",
+                next="See `nvidia-smi -L`, then correct it or unset it.",
+            )
+        named = [gpu for gpu in gpus if gpu.uuid.startswith(word) or word == str(gpu.index)]
+        if len(named) != 1 or named[0] in found:
+            break
+        found += named
+    return tuple(found)
+
+
+def check_count(gpus: Sequence[GpuReading], ranks: int) -> None:
+    """Raise ``ToolchainError`` when these ``gpus``, of ``pick_gpus``, are not one for every rank."""
+    if len(gpus) < ranks:
+        visible = os.environ.get(VISIBLE)
+        raise ToolchainError(
+            "too-few-gpus",
+            f"{ranks} GPUs are needed; there are {len(gpus)}.",
+            why="" if visible is None else f"{VISIBLE} is {visible!r}.",
+            next="Use a machine that has them, or lower tensor_parallel and machine.count; see `nemobuild plan`.",
+        )
 
 
 def visible_gpus(numbers: Sequence[int]) -> dict[str, str]:
     """Variables that show a program only these cards: NVML counts by place on the bus, CUDA by speed unless told so."""
     if not numbers:
         return {}
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": ",".join(map(str, numbers))}
+    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", VISIBLE: ",".join(map(str, numbers))}
 
 
 def _read(pynvml: Any, index: int) -> GpuReading:
@@ -127,6 +162,7 @@ def _read(pynvml: Any, index: int) -> GpuReading:
     major, minor = pynvml.nvmlDeviceGetCudaComputeCapability(gpu)
     return GpuReading(
         index=index,
+        uuid=pynvml.nvmlDeviceGetUUID(gpu),
         name=pynvml.nvmlDeviceGetName(gpu),
         memory_total_bytes=memory.total,
         memory_used_bytes=memory.used,

@@ -26,10 +26,11 @@ from nemobuild.engine.builder import Builder, Where, find_builder
 from nemobuild.engine.container import Mount, docker_run
 from nemobuild.errors import DoesNotFit, UsageError
 from nemobuild.folders import recover, replace_folder
-from nemobuild.places import load_plan, place, source_folder
+from nemobuild.model.hf_config import load_spec
+from nemobuild.places import check_owner, load_plan, note_owner, place, source_folder
 from nemobuild.plan.planner import Plan
+from nemobuild.triton.engine_files import check_same_model
 from nemobuild.triton.launch import serve_commands
-from nemobuild.units import format_bytes
 from nemobuild.wheels import file_lock
 
 Action = Literal["keep", "make", "remake"]
@@ -64,6 +65,7 @@ OnProgress = Callable[[str, int, int, str], None]
 
 def steps(name: str, options: Options = Options()) -> list[Step]:
     """What ``build`` would do. Reads manifests and headers, changes nothing."""
+    check_owner(name)
     if _is_fetched(name) or load_profile(name).model.known is None:
         return _decide(_plan(name), name, options)
     absent = [Step(stage, place(name, stage), "make", ("it is not there yet",)) for stage in stages_of(_plan(name))]
@@ -83,6 +85,7 @@ def build(
     fetching, converting, building and emitting raise; then all artefacts are as they were, or done.
     """
     tell, progress = on_step or (lambda step: None), on_progress or (lambda *_: None)
+    check_owner(name)
     if not _is_fetched(name):
         if load_profile(name).model.known is not None:  # all that can be refused is, before a long download
             _find_builder(_plan(name), name, options)
@@ -149,7 +152,7 @@ def _plan(name: str) -> Plan:
     if not plan.fits:
         raise DoesNotFit(
             "does-not-fit",
-            f"{name} does not fit: {format_bytes(-plan.headroom_bytes)} are missing.",
+            f"{name} does not fit.",
             why=" ".join(plan.shortfalls),
             next=f"See the remedies in `nemobuild plan {name}`.",
         )
@@ -157,6 +160,8 @@ def _plan(name: str) -> Plan:
 
 
 def _decide(plan: Plan, name: str, options: Options) -> list[Step]:
+    source = source_folder(name)
+    check_same_model(plan, source, load_spec(source))
     decided: list[Step] = []
     for stage in stages_of(plan):
         changed = tuple(f"{s.stage} is made anew" for s in decided[-1:] if s.action != "keep")
@@ -279,4 +284,5 @@ def _fetch(name: str, tell: OnStep, progress: OnProgress) -> None:
 def _only_one(name: str) -> Iterator[None]:
     """Two builds of one profile would write the same folders."""
     with file_lock(place(name, "build").with_name(".build.lock"), busy=f"Another build of {name} is at work."):
+        note_owner(name)
         yield

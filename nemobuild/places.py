@@ -5,16 +5,18 @@ Every command takes explicit paths too; these defaults only make the common road
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
-from nemobuild.config import EngineConfig, load_profile, profile_names
-from nemobuild.errors import UsageError, nearest
-from nemobuild.model.hf_config import load_spec
+from nemobuild.config import ModelConfig, known_models, load_profile, profile_names
+from nemobuild.errors import NemobuildError, UsageError, from_os_error, nearest
+from nemobuild.model.hf_config import load_json, load_spec
 from nemobuild.plan.planner import Plan, plan
 from nemobuild.resources import data_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def place(profile: str, stage: str) -> Path:
@@ -33,16 +35,21 @@ def is_profile(name: str) -> bool:
 
 
 def source_folder(source: str) -> Path:
-    """Folder with the weights of ``source``: a folder, or a profile whose snapshot was fetched."""
+    """Folder with the weights of ``source``: a folder, or a profile whose snapshot was fetched.
+
+    Raises ``UsageError`` when there is none, and when the snapshot is of another source than the profile names now.
+    """
     if Path(source).is_dir():
         return Path(source)
     if is_profile(source):
-        profile = load_profile(source)
-        folder = Path(profile.model.source) if Path(profile.model.source).is_dir() else place(source, "snapshot")
+        model, folder = load_profile(source).model, place(source, "snapshot")
+        if Path(model.source).is_dir():
+            return Path(model.source)
         if not folder.is_dir():
             raise UsageError(
                 "not-fetched", f"The weights of {source} are not here.", next=f"Type `nemobuild fetch {source}`."
             )
+        _check_snapshot(source, model, folder)
         return folder
     if _HUB_ID.fullmatch(source):
         raise UsageError(
@@ -60,12 +67,12 @@ def config_file(model: str) -> Path:
     path = Path(model)
     if path.is_dir() or (path.is_file() and not is_profile(model)):
         return path
-    if (known / f"{model}.json").is_file():
+    if model in known_models():
         return known / f"{model}.json"
     if is_profile(model):
-        profile: EngineConfig = load_profile(model)
-        return known / f"{profile.model.known}.json" if profile.model.known else source_folder(model)
-    names = [p.stem for p in known.glob("*.json")] + profile_names()
+        name = load_profile(model).model.known
+        return known / f"{name}.json" if name else source_folder(model)
+    names = known_models() + profile_names()
     raise UsageError("unknown-model", f"There is no model {model!r}.", why=nearest(model, names))
 
 
@@ -76,3 +83,64 @@ def load_plan(profile: str, gpu: str | None = None) -> Plan:
     """
     config = load_profile(profile)
     return plan(load_spec(config_file(profile)), config, name=profile_name(profile), gpu=gpu)
+
+
+def check_owner(profile: str) -> None:
+    """Raise ``UsageError`` when ``build/NAME`` belongs to another profile of the same file name.
+
+    One that is no longer where it was counts as moved, not as another.
+    """
+    note = _owner_note(profile)
+    try:
+        owner = note.read_text() if note.is_file() else ""
+    except (OSError, ValueError):
+        owner = ""
+    if owner and owner != _identity(profile) and (owner in profile_names() or Path(owner).is_file()):
+        load_profile(profile)  # what is no profile is told as that
+        raise UsageError(
+            "name-taken",
+            f"{note.parent} belongs to the profile {owner}, not to {_identity(profile)}.",
+            why="Profiles of one file name share that folder.",
+            next=f"Rename one of the two files, or move {note.parent} away; then run the same command again.",
+        )
+
+
+def note_owner(profile: str) -> None:
+    """Write down that ``build/NAME``, which exists, belongs to ``profile``; see ``check_owner``."""
+    check_owner(profile)
+    try:
+        _owner_note(profile).write_text(_identity(profile))
+    except OSError as error:
+        raise from_os_error(error, _owner_note(profile), "writing") from error
+
+
+def _owner_note(profile: str) -> Path:
+    return place(profile, ".profile")
+
+
+def _identity(profile: str) -> str:
+    """A shipped profile by its name, another one by where it is."""
+    return profile if profile in profile_names() else os.path.realpath(profile)
+
+
+def _check_snapshot(profile: str, model: ModelConfig, folder: Path) -> None:
+    """What was fetched for a profile stays when the profile changes, so it is asked what it is.
+
+    A branch or a tag is not compared: it became a commit when it was fetched.
+    """
+    try:
+        record = load_json(folder / "source.json")
+    except NemobuildError:
+        record = {}
+    packaged = f"package:smollm2-{record.get('form')}" if "package" in record else None
+    found, commit = str(packaged or record.get("repo", "something unknown")), str(record.get("commit", ""))
+    pinned = model.revision if _COMMIT.fullmatch(model.revision or "") else None
+    if found == model.source and pinned in (None, commit):
+        return
+    wanted = f"{model.source} at {pinned}" if pinned else model.source
+    raise UsageError(
+        "another-source",
+        f"{folder} holds {f'{found} at {commit}' if commit else found}; the profile names {wanted}.",
+        why="It was fetched when model.source or model.revision was another.",
+        next=f"Move {folder} away, then type `nemobuild fetch {profile}`.",
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -13,6 +14,7 @@ import sys
 import pytest
 
 from nemobuild.convert.executor import convert
+from nemobuild.errors import DoesNotFit, UsageError
 from nemobuild.pipeline import Options, build, commands, steps
 from nemobuild.places import load_plan
 from nemobuild.weights.snapshot import open_snapshot
@@ -127,6 +129,7 @@ def test_a_rebuilt_engine_reaches_the_repository(here, source):
     assert actions(build("tiny.yaml")) == dict.fromkeys(("checkpoint", "engine", "repository"), "keep")
     assert sorted(p.name for p in (here / "build" / "tiny").iterdir()) == [
         ".build.lock",
+        ".profile",
         "checkpoint",
         "engine",
         "engine.log",
@@ -167,6 +170,104 @@ def test_a_damaged_artefact_is_made_anew(here):
     assert steps("tiny.yaml")[0].action == "remake"
 
 
+@pytest.mark.parametrize(
+    ("stage", "manifest"),
+    [
+        ("engine", {"inputs": 5, "files": [1]}),
+        ("engine", {"inputs": {}, "files": {"config.json": {"x": 1}}}),
+        ("engine", {"files": {}}),
+        ("checkpoint", {"inputs": {"form": 3}, "files": {}}),
+        ("checkpoint", {"inputs": {"calibration": 3}, "files": {}}),
+        ("checkpoint", {"inputs": {"tools": "all"}, "files": {}}),
+        ("repository", {"inputs": {"engine": 1}, "files": {"README.md": None}}),
+    ],
+)
+def test_a_manifest_of_another_form_counts_as_damaged(here, stage, manifest):
+    folder = here / "build" / "tiny" / stage
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    found = {step.stage: step for step in steps("tiny.yaml")}[stage]
+    assert (found.action, found.why) == ("remake", ("its manifest.json is missing or damaged",))
+
+
+def test_a_manifest_with_a_name_that_no_file_can_have(here):
+    folder = here / "build" / "tiny" / "engine"
+    folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text(json.dumps({"inputs": {"gpu": "x"}, "files": {"a\0b": 1}}))
+    assert "is missing or was changed" in steps("tiny.yaml")[1].why[-1]
+
+
+A, B = "a" * 40, "b" * 40
+
+
+def fetched(here, source, **record):
+    """What ``fetch`` leaves for the profile ``tiny``."""
+    folder = shutil.copytree(source, here / "build" / "tiny" / "snapshot")
+    if record:
+        (folder / "source.json").write_text(json.dumps(record | {"files": {}}))
+
+
+@pytest.mark.parametrize(
+    ("record", "model", "words"),
+    [
+        ({"repo": "org/a", "commit": A}, {"source": "org/b"}, f"org/a at {A}; the profile names org/b."),
+        ({"repo": "org/a", "commit": A}, {"source": "org/a", "revision": B}, f"names org/a at {B}."),
+        ({"repo": "org/a", "commit": A}, {"source": "package:smollm2-nas"}, "names package:smollm2-nas."),
+        ({"package": "x==1", "form": "llama"}, {"source": "package:smollm2-nas"}, "holds package:smollm2-llama;"),
+        ({}, {"source": "org/a"}, "holds something unknown;"),
+    ],
+)
+def test_a_snapshot_of_another_source_is_not_served(here, source, record, model, words):
+    fetched(here, source, **record)
+    write_profile(here / "tiny.yaml", source, model=model)
+    for begin in (steps, build):
+        with pytest.raises(UsageError, match=re.escape(words)) as caught:
+            begin("tiny.yaml")
+        assert caught.value.code == "another-source" and "`nemobuild fetch tiny.yaml`" in caught.value.next
+    assert not (here / "build" / "tiny" / "checkpoint").exists()
+
+
+@pytest.mark.parametrize("revision", [None, "main", A])
+def test_a_snapshot_of_the_source_is_taken(here, source, revision):
+    fetched(here, source, repo="org/a", commit=A)
+    write_profile(here / "tiny.yaml", source, model={"source": "org/a", "revision": revision})
+    assert actions(steps("tiny.yaml"))["checkpoint"] == "make"
+
+
+def test_weights_of_another_model_than_the_planned_one_go_no_further(here, source):
+    write_profile(here / "tiny.yaml", source, model={"source": str(source), "known": "nano-8b-v1"})
+    write_profile(here / "cpu.yaml", source, runtime="cpu", machine=None, build={}, model__known="smollm2-llama")
+    for name in ("tiny.yaml", "cpu.yaml"):
+        done = run(name, "--json")
+        assert done.returncode == 5 and json.loads(done.stderr)["error"]["code"] == "another-model", done.stderr
+    assert not (here / "build").exists()
+
+
+def test_two_profiles_of_one_file_name_do_not_share_a_folder(here, source):
+    (here / "other").mkdir()
+    write_profile(here / "other" / "tiny.yaml", source)
+    build("tiny.yaml")
+    for begin in (steps, build):
+        with pytest.raises(UsageError, match="belongs to the profile") as caught:
+            begin("other/tiny.yaml")
+        assert str(here / "tiny.yaml") in caught.value.what and str(here / "other" / "tiny.yaml") in caught.value.what
+    with pytest.raises(UsageError, match="no profile 'tiny'"):
+        build("tiny")
+    (here / "tiny.yaml").rename(here / "other" / "tiny.yaml")
+    assert set(actions(build("other/tiny.yaml")).values()) == {"keep"}, "a profile that was moved"
+
+
+def test_a_repository_that_was_emitted_by_hand_is_kept(here, source):
+    build("tiny.yaml")
+    shutil.rmtree(here / "build" / "tiny" / "repository")
+    emit = [sys.executable, "-m", "nemobuild", "repo", "tiny.yaml"]
+    subprocess.run(emit, check=True, capture_output=True, env=command_environment())
+    assert actions(steps("tiny.yaml"))["repository"] == "keep"
+    shutil.rmtree(here / "build" / "tiny" / "repository")
+    subprocess.run([*emit, "--source", str(source)], check=True, capture_output=True, env=command_environment())
+    assert steps("tiny.yaml")[-1].why == ("it does not say what it was made from",)
+
+
 def test_a_timing_cache_that_is_asked_for_is_an_input(here):
     build("tiny.yaml")
     (here / "mine.cache").write_text("timings\n8x1024x512")
@@ -191,6 +292,7 @@ def test_a_build_that_was_killed_goes_on(here):
         ours.send_signal(number)
         said = ours.communicate(timeout=120)[1]
         assert ours.returncode == status and b"Traceback" not in said, said
+        assert number == signal.SIGKILL or b"run the same command again (for tiny.yaml)" in said, said
         os.kill(int(pid.read_text()), 9) if number == signal.SIGKILL else None
         assert not (here / "build" / "tiny" / "engine").exists()
     done = build("tiny.yaml")
@@ -252,6 +354,10 @@ def test_a_plan_that_does_not_fit_is_not_built(here, source):
     done = run("tiny.yaml", "--json")
     assert done.returncode == 3 and json.loads(done.stderr)["error"]["code"] == "does-not-fit"
     assert not (here / "build").exists()
+    write_profile(here / "tiny.yaml", source, machine__memory_share=1.0, limits__min_tokens_per_second=1e9)
+    with pytest.raises(DoesNotFit, match=r"^tiny\.yaml does not fit\.") as caught:
+        build("tiny.yaml")
+    assert "missing" not in str(caught.value) and "tokens/s" in caught.value.why
 
 
 def test_a_folder_of_somebody_else_is_not_replaced(here):
@@ -299,6 +405,11 @@ def test_a_cpu_profile_has_no_engine(here, source):
     changes["checkpoint__calibration"] = {"samples": 3, "tokens_per_sample": 32}
     write_profile(here / "tiny.yaml", source, **changes)
     assert steps("tiny.yaml")[0].why == ("calibration.samples 2 -> 3",)
+    build("tiny.yaml")
+    assert actions(steps("tiny.yaml"))["checkpoint"] == "keep"
+    write_profile(here / "tiny.yaml", source, **changes, reasoning={"policy": "none"})
+    (why,) = steps("tiny.yaml")[0].why
+    assert why.startswith("calibration.prompt ")
     assert calls(here) == 0
 
 

@@ -17,8 +17,8 @@ from nemobuild.doctor.gpus import check_driver, check_gpus
 from nemobuild.doctor.host import check_disk, check_ports, judge_shm
 from nemobuild.doctor.machine import Listener, host_memory, listeners
 from nemobuild.doctor.report import examine
-from nemobuild.errors import ToolchainError
-from nemobuild.nvml import pick_gpus, read_nvidia
+from nemobuild.errors import ToolchainError, UsageError
+from nemobuild.nvml import check_count, pick_gpus, read_nvidia
 from nemobuild.places import load_plan
 from tests.gpu_machine import docker, h100, image, nvml, put_first
 from tests.toolchains import STANDINS
@@ -157,18 +157,66 @@ def test_a_card_that_supports_little_is_not_ill(monkeypatch):
 
 def test_cards_are_counted_and_chosen(monkeypatch):
     nvml(monkeypatch, h100())
-    assert "The profile needs 2 GPUs; there are 1." in str(list(check_gpus(read_nvidia().gpus, load_plan(PAIR))))
+    few = list(check_gpus(read_nvidia().gpus, load_plan(PAIR)))[-1]
+    assert (few.code, few.exit_status, few.what) == ("too-few-gpus", 4, "2 GPUs are needed; there are 1.")
     nvml(monkeypatch)
     assert [f.exit_status for f in check_gpus(read_nvidia().gpus, load_plan(FP8))] == [4]
     nvml(monkeypatch, h100(sm=[8, 9]), h100(), h100())
     gpus = read_nvidia().gpus
     assert [g.index for g in pick_gpus(gpus, (9, 0), 2)] == [1, 2]
     assert [g.index for g in pick_gpus(gpus, (9, 0), 3)] == [0, 1, 2]
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,0")
-    assert [g.index for g in pick_gpus(gpus, (9, 0), 1)] == [2]
     nvml(monkeypatch, h100(), h100(lost=True))
     with pytest.raises(ToolchainError, match="does not answer"):
         read_nvidia()
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "seen"),
+    [
+        ("2,0", 1, [2]),
+        ("2, 0", 3, [2, 0]),
+        ("GPU-00000001-0000", 1, [1]),
+        ("GPU-00000002,0", 2, [2, 0]),
+        ("GPU-0000000", 1, []),  # of several
+        ("GPU-f", 1, []),
+        ("7", 1, []),
+        ("0,7,1", 3, [0]),  # as CUDA: nothing after one that is not there
+        ("1,-1,2", 3, [1]),
+        ("0,0", 2, [0]),
+        ("", 1, []),
+        ("-1", 1, []),
+        ("NoDevFiles", 1, []),
+    ],
+)
+def test_what_cuda_may_not_see_is_not_used(monkeypatch, tmp_path, visible, count, seen):
+    nvml(monkeypatch, h100(), h100(), h100())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    chosen = pick_gpus(read_nvidia().gpus, (9, 0), count)
+    assert [gpu.index for gpu in chosen] == seen
+    if len(seen) < count:
+        with pytest.raises(ToolchainError, match=f"there are {len(seen)}") as caught:
+            check_count(chosen, count)
+        assert f"CUDA_VISIBLE_DEVICES is {visible!r}" in caught.value.why
+
+
+@pytest.mark.parametrize("visible", ["MIG-5c1e", "all", "0;1", "gpu0"])
+def test_a_choice_of_gpus_that_is_not_understood_is_refused(monkeypatch, tmp_path, visible):
+    nvml(monkeypatch, h100())
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UsageError, match="CUDA_VISIBLE_DEVICES"):
+        pick_gpus(read_nvidia().gpus, (9, 0), 1)
+    assert "bad-visible-devices" in {f.code for f in examine(load_plan(FP8), tmp_path).findings}
+
+
+def test_a_plan_that_does_not_fit_is_not_the_machines_fault(monkeypatch, tmp_path):
+    nvml(monkeypatch, h100())
+    plan = load_plan("super-49b-v1.5-h200-bf16", gpu="h100-sxm")
+    findings = examine(plan, tmp_path).findings
+    (finding,) = (f for f in findings if f.code == "does-not-fit")
+    assert (finding.check, finding.exit_status, finding.why) == ("plan", 3, " ".join(plan.shortfalls))
+    assert plan.remedies[0].change in finding.next
+    assert "gpu-in-use" not in {f.code for f in findings}
+    assert "plan" not in {f.check for f in examine(load_plan(FP8), tmp_path).findings}
 
 
 @pytest.mark.parametrize(
@@ -262,7 +310,7 @@ def test_an_engine_of_another_machine_is_found_before_serving(monkeypatch, tmp_p
     nvml(monkeypatch, h100())
     (finding,) = (f for f in examine(load_plan(FP8), tmp_path).findings if f.check == "engine")
     assert finding.exit_status == 4 and "8.9" in finding.what and "9.0" in finding.what
-    (tmp_path / "engine" / "manifest.json").write_text(json.dumps(manifest | {"sm": "9.0"}))
+    (tmp_path / "engine" / "manifest.json").write_text(json.dumps(manifest | {"sm": "9.0", "trtllm": "1.2.1.2510"}))
     (finding,) = (f for f in examine(load_plan(FP8), tmp_path).findings if f.check == "engine")
     assert finding.level == "ok"
 
@@ -278,3 +326,9 @@ def test_versions_inside_the_container(monkeypatch, tmp_path):
     assert other.code == "another-trtllm" and "container 26.07 has 1.2.1" in other.what
     monkeypatch.setenv("NVIDIA_TRITON_SERVER_VERSION", "26.07")
     assert [f.level for f in versions(FP8)] == ["ok"]
+    package = tmp_path / "tensorrt_llm-1.2.1.2510.dist-info"
+    package.mkdir()
+    (package / "METADATA").write_text("Metadata-Version: 2.1\nName: tensorrt_llm\nVersion: 1.2.1.2510\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (longer,) = versions(FP8)
+    assert longer.level == "ok" and longer.facts["trtllm"] == "1.2.1.2510"

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 
 from nemobuild.config import load_profile, profile_names
-from nemobuild.engine.flags import FLAGS, RULES, Target, check_flags, parse, version
+from nemobuild.engine.flags import FLAGS, Target, check_flags, parse, version
 from nemobuild.engine.tensorrt import build_command, engine_inputs, target_of
 from nemobuild.errors import ToolchainError, UsageError
 from nemobuild.places import load_plan
+from nemobuild.plan import build_rules
+from nemobuild.plan.build_rules import FIELDS, RULES, Rule, check_profile
 from tests.toolchains import STANDINS
 
 FP8 = Target(fp8=True, fp8_kv=True, ranks=1, sm=(9, 0), trtllm="1.2.1")
@@ -77,7 +79,27 @@ def test_the_command_of_every_shipped_profile_is_accepted(name):
 def test_what_the_tool_would_change_or_refuse_is_refused_by_name(more, target, flag):
     with pytest.raises(UsageError, match=f"--{flag} ") as caught:
         check_flags([*GOOD.split(), *more.split()], target)
-    assert caught.value.code == "contradictory-limits" and caught.value.why
+    error = caught.value
+    assert error.code == "contradictory-limits" and error.next
+    assert error.why.endswith(".") and any(error.why == rule.why for rule in RULES if rule.flag == flag)
+    if flag in FIELDS:  # users write profiles, not flags
+        assert error.what.startswith(FIELDS[flag]) and FIELDS[flag] in error.next
+
+
+def test_reasons_are_sentences_that_keep_their_names():
+    whys = [rule.why for rule in RULES]
+    assert "The weights are not FP8." in whys and "trtllm-build cuts it to max_num_tokens." in whys
+    assert all(why[0].isupper() or why.startswith(("trtllm-build", *FLAGS)) for why in whys)
+
+
+def test_a_plan_judges_the_values_that_the_command_gets(monkeypatch):
+    """The planner sees the profile's fields; ``build`` the command that is made of them."""
+    plan = load_plan("super-49b-v1.5-2xl40s-fp8")
+    values = parse(build_command(plan, Path("checkpoint"), Path("engine")))
+    seen = {}
+    monkeypatch.setattr(build_rules, "RULES", (Rule("workers", lambda v, t: bool(seen.update(v)), ""),))
+    check_profile(plan.profile, target_of(plan))
+    assert set(FIELDS) <= set(seen) and seen.items() <= values.items()
 
 
 def test_contradictory_limits():

@@ -6,6 +6,7 @@ import json
 import resource
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,9 +14,12 @@ import pytest
 
 from nemobuild.cli.plan import as_text
 from nemobuild.config import load_profile, profile_names
+from nemobuild.engine.tensorrt import engine_inputs
+from nemobuild.errors import UsageError
 from nemobuild.model.hf_config import load_spec
 from nemobuild.places import config_file, load_plan, place
 from nemobuild.plan import memory, picture, report
+from nemobuild.plan.explain import notes
 from nemobuild.plan.gpus import gpu_names, gpus, load_gpu
 from nemobuild.plan.planner import Plan, plan
 from nemobuild.plan.roofline import decode_ceiling, prefill_ceiling
@@ -25,6 +29,7 @@ from nemobuild.units import format_bytes
 GOLDEN = Path(__file__).parent / "golden" / "plan"
 GIB = 1 << 30
 SUPER = "super-49b-v1.5-h100-fp8"
+SHORT = {"limits__max_context_tokens": 2048, "limits__default_max_tokens": 512, "limits__thinking_tokens": 512}
 GPU_PROFILES = [name for name in profile_names() if load_profile(name).machine is not None]
 
 
@@ -115,12 +120,54 @@ def test_what_helps_but_is_not_enough_comes_last_and_the_most_of_it_first():
     assert [r.headroom_bytes for r in helps] == sorted((r.headroom_bytes for r in helps), reverse=True)
 
 
+def test_a_larger_card_of_an_older_kind_is_a_remedy():
+    made = load_plan("super-49b-v1.5-h200-bf16", gpu="rtx-pro-6000")
+    assert not made.fits and made.gpu.sm > load_gpu("h200").sm
+    assert "NVIDIA H200 141 GB" in [remedy.title for remedy in made.remedies if remedy.fits]
+
+
+def test_what_does_not_help_is_no_remedy():
+    slow = changed("super-49b-v1.5-h200-bf16", limits__min_tokens_per_second=5000.0)
+    assert not slow.fits and slow.headroom_bytes > 0
+    titles = {remedy.title for remedy in slow.remedies}
+    assert "no bound on speed" in titles and "weight streaming" not in titles  # it frees nothing here
+    assert all(remedy.fits or remedy.headroom_bytes > slow.headroom_bytes for remedy in slow.remedies)
+
+
 def test_a_promised_batch_size_is_a_need_and_fewer_requests_a_remedy():
     made = changed(SUPER, limits__max_batch_size=64)
     assert not made.fits
     fewer = next(remedy for remedy in made.remedies if remedy.title == "fewer requests at once")
     assert fewer.change == "limits.max_batch_size: 16" and fewer.fits
     assert changed(SUPER, limits__max_batch_size=16).max_batch_size == 16
+
+
+def test_a_step_is_never_longer_than_all_requests_at_their_longest():
+    made = changed(SUPER, limits__max_batch_size=1, **SHORT)
+    assert made.fits and made.max_num_tokens == 2048 and engine_inputs(made, None, None)["max_num_tokens"] == 2048
+    assert {e.name: e.why for e in made.limits_explained}["build.max_num_tokens"].startswith("max_batch_size requests")
+    derived = changed(SUPER, **SHORT, limits__kv_cache_tokens=4096)
+    assert derived.max_num_tokens == derived.max_batch_size * 2048 < 8192 and engine_inputs(derived, None, None)
+    short = changed(SUPER, **SHORT, limits__max_batch_size=1, machine__memory_share=0.6)
+    assert not short.fits and short.max_num_tokens == 1024
+
+
+@pytest.mark.parametrize(
+    ("name", "fields", "words"),
+    [
+        (SUPER, {"build__workers": 4}, "build.workers"),
+        (SUPER, {"build__max_num_tokens": 16}, "build.max_num_tokens"),
+        (SUPER, {"build__max_num_tokens": 8192, "limits__max_batch_size": 1}, ""),
+        ("super-49b-v1.5-h200-bf16", {"build__gemm_plugin": "fp8"}, "build.gemm_plugin"),
+    ],
+)
+def test_what_build_would_refuse_is_no_plan(name, fields, words):
+    if not words:
+        assert changed(name, **fields).fits
+        fields, words = fields | SHORT, "build.max_num_tokens"
+    with pytest.raises(UsageError, match=words) as caught:
+        changed(name, **fields)
+    assert caught.value.code == "contradictory-limits" and words in caught.value.next
 
 
 def test_weight_streaming_keeps_the_missing_bytes_on_the_host():
@@ -172,7 +219,7 @@ def test_an_even_cut_of_uneven_blocks_is_named():
     balanced = changed("super-49b-v1.5-h100-fp8-llmapi", **base, build__pipeline_split="balanced")
     assert [len(blocks) for blocks in balanced.stages] == [9, 8, 7, 7, 7, 14, 23, 5]
     assert "pipeline_split" not in " ".join(balanced.notes)
-    one = [decode_ceiling(p.spec, p.shapes, p.gpu, 64, 4096).tokens_per_s for p in (even, balanced)]
+    one = [decode_ceiling(p.spec, p.shapes, p.gpu, 1024, 4096).tokens_per_s for p in (even, balanced)]
     assert one[1] > 1.2 * one[0]
     two = changed(SUPER, checkpoint__pipeline_parallel=2, machine__count=2)
     decoder = [
@@ -194,6 +241,39 @@ def test_ceilings_are_those_of_bandwidth_and_arithmetic():
     assert decode_ceiling(b200.spec, b200.shapes, b200.gpu, 1, 2560).tokens_per_s > 73
     four = changed("super-49b-v1.5-2xh100-bf16", checkpoint__tensor_parallel=4, machine__count=4)
     assert decode_ceiling(four.spec, four.shapes, four.gpu, 1, 5500).tokens_per_s > 66.4
+
+
+def test_no_number_of_groups_in_a_pipeline_passes_the_ceiling():
+    """Stages of very uneven work: two groups would read the slow stage's weights twice, one group is faster."""
+    pair = changed("super-49b-v1.5-h100-fp8-llmapi", checkpoint__pipeline_parallel=2, machine__count=2)
+    layers = len(pair.spec.blocks)
+    uneven = [
+        replace(pair.shapes[0], blocks=range(layers - 1)),
+        replace(pair.shapes[1], blocks=range(layers - 1, layers)),
+    ]
+    one = sum(1 / decode_ceiling(pair.spec, [shape], pair.gpu, 8, 4096).tokens_per_s_per_request for shape in uneven)
+    ceiling = decode_ceiling(pair.spec, uneven, pair.gpu, 8, 4096)
+    assert ceiling.tokens_per_s >= 0.999 * 8 / one
+    halves = [1 / decode_ceiling(pair.spec, [shape], pair.gpu, 4, 4096).tokens_per_s_per_request for shape in uneven]
+    assert ceiling.tokens_per_s >= 0.999 * 8 / max(sum(halves), 2 * max(halves))
+
+
+def test_the_beginning_of_a_name_is_understood_first():
+    with pytest.raises(UsageError) as caught:
+        load_gpu("h100")
+    assert "'h100-sxm'" in caught.value.why and "h200" not in caught.value.why
+    with pytest.raises(UsageError, match="'h200'"):
+        load_gpu("h20O")
+
+
+def test_scales_that_the_runtime_leaves_aside_are_named():
+    words = "measured scales are not used"
+    assert words in " ".join(load_plan("super-49b-v1.5-h100-fp8-llmapi").notes)
+    for other in (SUPER, "super-49b-v1.5-h200-bf16"):
+        assert words not in " ".join(load_plan(other).notes)
+    made = load_plan("super-49b-v1.5-h100-fp8-llmapi")
+    newer = replace(made.toolchain, trtllm="1.3.0")
+    assert words not in " ".join(notes(made.spec, made.profile, made.gpu, newer, made.stages))
 
 
 def test_explain_shows_every_limit_with_its_origin():

@@ -69,6 +69,15 @@ def write(tmp_path, name: str = SUPER, **fields: object) -> str:
         ({"limits__thinking_tokens": 30000}, "thinking_tokens and default_max_tokens together"),
         ({"limits__max_prompt_tokens": 32768}, "max_prompt_tokens must be less"),
         ({"limits__kv_cache_tokens": 1000}, "kv_cache_tokens must hold"),
+        (
+            {"limits__thinking_tokens": None, "limits__default_max_tokens": 32768},
+            "default_max_tokens must be less than max_context_tokens; default_max_tokens is 32768",
+        ),
+        ({"limits__min_tokens_per_second": float("inf")}, r"limits\.min_tokens_per_second .*finite"),
+        ({"quality__max_divergence": float("inf")}, r"quality\.max_divergence .*finite"),
+        ({"reasoning__policy": "nemotron-v2"}, r"reasoning\.policy .*Did you mean 'nemotron-v1'\? Correct"),
+        ({"model__known": "super-49b-v15"}, r"model\.known .*Did you mean 'super-49b-v1\.5'"),
+        ({"model__known": "../../../../../../etc/passwd"}, r"model\.known .*Known: nano-8b-v1, "),
     ],
 )
 def test_a_profile_that_contradicts_itself_is_refused_by_name(tmp_path, fields, words):

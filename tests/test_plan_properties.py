@@ -6,12 +6,14 @@ import math
 from dataclasses import replace
 from itertools import combinations, pairwise
 
-from hypothesis import assume, given, settings
+from hypothesis import assume, given, reject, settings
 from hypothesis import strategies as st
 
 from nemobuild.config import EngineConfig
 from nemobuild.convert import modelopt_hf, trtllm
 from nemobuild.convert.fp8_map import with_fp8
+from nemobuild.engine.tensorrt import engine_inputs
+from nemobuild.errors import UsageError
 from nemobuild.model.parallel import balanced_ranges, pipeline_ranges
 from nemobuild.model.spec import Attention, Block, Linear, Mlp, ModelSpec, NoOp, Rope
 from nemobuild.plan.gpus import Gpu, gpus
@@ -44,8 +46,8 @@ def specs(draw: st.DrawFn) -> ModelSpec:
 
 
 @st.composite
-def profiles(draw: st.DrawFn) -> EngineConfig:
-    runtime = draw(st.sampled_from(["tensorrt", "llmapi"]))
+def profiles(draw: st.DrawFn, *runtimes: str) -> EngineConfig:
+    runtime = draw(st.sampled_from(runtimes or ("tensorrt", "llmapi")))
     fp8 = draw(st.booleans())
     tp, pp = draw(st.sampled_from([1, 2, 4, 8])), draw(st.sampled_from([1, 2, 3, 8]))
     limits = {
@@ -84,7 +86,12 @@ def changed(profile: EngineConfig, section: str, **fields: object) -> EngineConf
 
 
 def made(spec: ModelSpec, profile: EngineConfig, card: Gpu) -> Plan:
-    return plan(spec, profile, name="random", gpu=card)
+    try:
+        return plan(spec, profile, name="random", gpu=card)
+    except UsageError as error:  # only what the profile itself sets can contradict
+        assert error.code == "contradictory-limits" and profile.runtime == "tensorrt"
+        assert profile.build.max_num_tokens is not None
+        reject()
 
 
 @settings(max_examples=60, deadline=None)
@@ -126,6 +133,17 @@ def test_the_ledger_adds_up(spec, profile, card):
     if profile.checkpoint.tensor_parallel == 1:
         size = 1 if profile.checkpoint.kv_cache == "fp8" else 2
         assert sum(rank.kv_bytes_per_token for rank in p.ranks) == spec.kv_bytes_per_token(size)
+
+
+@settings(max_examples=150, deadline=None)
+@given(specs(), profiles("tensorrt"), st.sampled_from(FP8_CARDS), st.integers(64, 4096), st.booleans())
+def test_what_fits_is_what_build_accepts(spec, profile, card, context, streaming):
+    profile = changed(profile, "limits", max_context_tokens=context)
+    if streaming:
+        profile = changed(profile, "build", weight_streaming=True, gemm_plugin="disable")
+    p = made(spec, profile, card)
+    if p.fits:
+        engine_inputs(p, None, None)
 
 
 @settings(max_examples=60, deadline=None)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nemobuild.engine import process
 from nemobuild.engine.process import run
 from nemobuild.errors import UsageError
 
@@ -126,3 +127,40 @@ def test_what_cannot_start(tmp_path):
     with pytest.raises(UsageError, match="log"):
         run(["true"], log=Path("/proc/nowhere/log"), timeout_s=1)
     assert os.path.exists(tmp_path / "log")
+
+
+def test_a_second_interrupt_does_not_wait_for_what_stops_a_container(tmp_path):
+    """What was asked to stop it goes on, and all that is ours ends at once."""
+    pid, stopped = tmp_path / "pid", tmp_path / "stopped"
+    program = f"""
+        import sys
+        from pathlib import Path
+        from nemobuild.engine.process import run
+        try:
+            stubborn, stop = "{CHILD_THAT_IGNORES_TERM.format(pid=pid)}", "sleep 3; touch {stopped}"
+            run(["sh", "-c", stubborn], log=Path("{tmp_path}/log"), timeout_s=60, grace_s=0.2, stop=["sh", "-c", stop])
+        except KeyboardInterrupt:
+            sys.exit(130)
+    """
+    ours = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], start_new_session=True)
+    wait_for(lambda: pid.exists() and pid.read_text())
+    for _ in range(2):
+        time.sleep(0.5)
+        os.killpg(ours.pid, signal.SIGINT)  # as a terminal does, to all of them
+    assert ours.wait(10) == 130 and not stopped.exists()
+    wait_for(lambda: not alive(int(pid.read_text())))
+    wait_for(stopped.exists)
+
+
+@pytest.mark.parametrize("stop", [["sleep", "5"], ["/nowhere/docker"]])
+def test_what_stops_a_container_may_hang_or_be_gone(tmp_path, monkeypatch, stop):
+    monkeypatch.setattr(process, "_STOP_S", 0.3)
+    pid = tmp_path / "pid"
+    done = run(
+        ["sh", "-c", CHILD_THAT_IGNORES_TERM.format(pid=pid)],
+        log=tmp_path / "log",
+        timeout_s=0.5,
+        grace_s=0.2,
+        stop=stop,
+    )
+    assert done.timed_out and done.elapsed_s < 4 and not alive(int(pid.read_text()))

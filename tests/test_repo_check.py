@@ -144,6 +144,14 @@ def logits(message: pb.ModelConfig) -> None:
 
 
 ENGINE, CONFIG, YAML = "tensorrt_llm/1", "tensorrt_llm/config.pbtxt", "tensorrt_llm/1/model.yaml"
+
+
+def loop(path: Path) -> None:
+    """A link that leads to itself, in place of a file."""
+    path.unlink()
+    path.symlink_to(path.name)
+
+
 BROKEN: list[tuple[str, str, Damage, str, str]] = [
     # rule, runtime, damage, file, words
     ("schema", "cpu", edit("chat/config.pbtxt", lambda t: t + "colour: 3\n"), "chat/config.pbtxt", "colour"),
@@ -353,11 +361,19 @@ BROKEN: list[tuple[str, str, Damage, str, str]] = [
         "chat/1/assets/extra.txt",
         "link out",
     ),
+    (
+        "self-contained",
+        "cpu",
+        lambda f: (f / "chat/1/assets/loop.txt").symlink_to("loop.txt"),
+        "chat/1/assets/loop.txt",
+        "link to nowhere",
+    ),
     ("manifest", "cpu", lambda f: (f / "manifest.json").unlink(), "manifest.json", "missing"),
     ("manifest", "cpu", lambda f: (f / "manifest.json").write_text("{"), "manifest.json", "unreadable"),
     ("manifest", "cpu", edit("manifest.json", lambda t: t.replace('"Tiny."', '"Huge."')), "manifest.json", "key"),
     ("manifest", "cpu", lambda f: (f / "chat/1/more.json").write_text("{}"), "chat/1/more.json", "not in manifest"),
     ("manifest", "cpu", lambda f: (f / "README.md").unlink(), "README.md", "not there"),
+    ("manifest", "cpu", lambda f: loop(f / "README.md"), "README.md", "but not there"),
     ("manifest", "cpu", edit("README.md", lambda t: t + "x"), "README.md", "bytes"),
     ("manifest", "cpu", edit("README.md", lambda t: t.swapcase()), "README.md", "another content"),
     (

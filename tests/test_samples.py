@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from tokenizers import Tokenizer
 
-from nemobuild.convert.samples import LANGUAGES, SampleSet, default_calibration, held_out, load_samples
+from nemobuild.convert.samples import LANGUAGES, SampleSet, default_calibration, held_out, load_samples, prompt_digest
 from nemobuild.errors import IntegrityError, NemobuildError, UsageError
 from nemobuild.model.hf_config import load_spec
 from tests.templates import SUPER_V15, TOOL_NOTES
@@ -181,3 +181,17 @@ def test_the_digest_is_that_of_the_file(model: Path, tmp_path: Path) -> None:
     first = load(model, tmp_path, {"text": "a"}, {"text": "b"})
     assert load(model, tmp_path, {"text": "a"}, {"text": "b"}).digest == first.digest
     assert load(model, tmp_path, {"text": "a"}, {"text": "c"}).digest != first.digest
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json", "chat_template.jinja"])
+def test_what_makes_a_prompt_has_one_digest(model: Path, tmp_path: Path, name: str) -> None:
+    mine = tmp_path / "m"
+    mine.mkdir()
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (mine / file).write_bytes((model / file).read_bytes())
+    before = prompt_digest(mine, "none")
+    assert before == prompt_digest(model, "none"), "whatever else there is, and wherever it is"
+    assert len({before, prompt_digest(mine, None), prompt_digest(mine, "nemotron-v1")}) == 3
+    with (mine / name).open("a") as stream:
+        stream.write(" ")
+    assert prompt_digest(mine, "none") != before

@@ -22,7 +22,7 @@ from nemobuild.convert.executor import convert
 from nemobuild.errors import ChildFailed, IntegrityError, NemobuildError, ToolchainError, UsageError
 from nemobuild.plan.toolchain import load_toolchain
 from nemobuild.triton.client import stream
-from nemobuild.triton.launch import Emitted, Endpoint, read_emitted, serve_commands, serve_line
+from nemobuild.triton.launch import Emitted, Endpoint, choose_launch, read_emitted, serve_commands, serve_line
 from nemobuild.triton.repository import plan_repository, write_repository
 from nemobuild.triton.server import choose_endpoint, died, running
 from nemobuild.weights.snapshot import open_snapshot
@@ -250,6 +250,28 @@ def test_an_engine_of_another_machine_is_not_even_loaded(tmp_path, source, insid
     ):
         pass
     assert failed.value.exit_status == 4 and not (tmp_path / "log").exists()
+
+
+@pytest.mark.parametrize(
+    ("cards", "visible", "code", "words"),
+    [
+        ([h100()], None, "too-few-gpus", "2 GPUs are needed; there are 1"),
+        ([], None, "too-few-gpus", "there are 0"),
+        ([h100(), h100()], "1", "too-few-gpus", "CUDA_VISIBLE_DEVICES is '1'"),
+        ([h100(), h100(sm=[8, 9])], None, "engine-of-another-kind", "8.9"),
+    ],
+)
+@pytest.mark.parametrize("place", ["inside", "outside"])
+def test_every_rank_needs_a_card_of_the_engines_kind(
+    tmp_path, source, request, monkeypatch, place, cards, visible, code, words
+):
+    request.getfixturevalue(place)
+    nvml(monkeypatch, *cards)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(ToolchainError) as failed:
+        choose_launch(read_emitted(emit(tmp_path, source, **TP2)), tmp_path / "repository", ENDPOINT, "id")
+    assert failed.value.code == code and words in str(failed.value)
 
 
 def test_a_repository_for_another_trtllm(tmp_path, inside, monkeypatch):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import subprocess
 import threading
 import time
@@ -188,8 +189,11 @@ def test_a_failed_build_keeps_the_engine_that_was_there(monkeypatch, tmp_path, p
         "build_config.max_seq_len",
         "build_config.max_beam_width",
         "build_config.kv_cache_type",
+        "build_config.weight_streaming",
         "build_config.plugin_config.tokens_per_block",
         "build_config.plugin_config.remove_input_padding",
+        "build_config.plugin_config.context_fmha",
+        "build_config.plugin_config.multiple_profiles",
         "build_config.plugin_config.use_paged_context_fmha",
         "build_config.plugin_config.use_fp8_context_fmha",
         "build_config.plugin_config.gemm_plugin",
@@ -338,6 +342,7 @@ def test_a_builder_of_another_kind_is_refused_before_work(monkeypatch, tmp_path,
     cases = [
         ({"cards": "NVIDIA L40S:8.9"}, "local", "another-gpu", "NVIDIA L40S"),
         ({"cards": ""}, "local", "another-gpu", "no GPU"),
+        ({"CUDA_VISIBLE_DEVICES": ""}, "local", "too-few-gpus", "CUDA_VISIBLE_DEVICES is ''"),
         ({"local": False, "STANDIN_DOCKER_FAIL": "daemon"}, "container", "no-docker-daemon", "systemctl"),
         ({"local": False, "STANDIN_DOCKER_FAIL": "permission"}, "auto", "no-docker-daemon", "group docker"),
         ({"local": False}, "local", "no-trtllm-build", "--container"),
@@ -346,6 +351,8 @@ def test_a_builder_of_another_kind_is_refused_before_work(monkeypatch, tmp_path,
     for i, (more, where, code, words) in enumerate(cases):
         with monkeypatch.context() as patch:
             enter(patch, machine(tmp_path / f"machine{i}", **more))
+            if "CUDA_VISIBLE_DEVICES" in more:
+                patch.setenv("CUDA_VISIBLE_DEVICES", more["CUDA_VISIBLE_DEVICES"])
             with pytest.raises(ToolchainError) as caught:
                 builders.find_builder(plan, where)
         assert caught.value.code == code and words in str(caught.value), str(caught.value)
@@ -357,6 +364,17 @@ def test_a_builder_of_another_kind_is_refused_before_work(monkeypatch, tmp_path,
             with pytest.raises(ToolchainError, match=next(iter(versions.values()))) as caught:
                 builders.find_builder(plan, "auto")
         assert caught.value.code == "another-version"
+
+
+def test_what_is_installed_is_what_is_noted(monkeypatch, tmp_path, plan):
+    environment = machine(tmp_path / "machine")
+    install_trtllm(tmp_path / "longer", trtllm="1.2.1.2510")
+    for record in (tmp_path / "longer").glob("lib/python3*/*/tensorrt-*.dist-info"):
+        shutil.rmtree(record)
+    enter(monkeypatch, environment | {"PATH": f"{tmp_path}/longer/bin:/usr/bin:/bin"})
+    made = builders.find_builder(plan, "local").built_with
+    assert (made.trtllm, made.tensorrt, made.container) == ("1.2.1.2510", None, None)
+    compare_with_here({"trtllm": made.trtllm, "tensorrt": None}, HERE)
 
 
 def test_no_driver(monkeypatch, tmp_path, plan):
@@ -424,7 +442,14 @@ def test_an_engine_of_another_kind_is_refused_before_it_is_loaded(made, words):
 
 def test_an_engine_of_the_same_kind_is_accepted():
     same = {name: getattr(HERE, name) for name in BuiltWith.__slots__}
-    for change in ({}, {"driver": "580"}, {"gpu": "H100 PCIe"}, {"container": None}, {"tensorrt": None}):
+    for change in (
+        {},
+        {"driver": "580"},
+        {"gpu": "H100 PCIe"},
+        {"container": None},
+        {"tensorrt": None},
+        {"trtllm": "1.2.1.2510"},
+    ):
         compare_with_here(same | change, HERE)
     compare_with_here({}, HERE)
     with pytest.raises(IntegrityError, match="sm"):
@@ -441,7 +466,10 @@ def test_a_cause_is_found_behind_its_consequences():
 
 def test_a_contradiction_in_the_profile_is_told_before_anything_runs(monkeypatch, tmp_path, source, checkpoint):
     on(monkeypatch, tmp_path)
-    plan = load_plan(str(write_profile(tmp_path / "tiny.yaml", source, build__gemm_plugin="fp8")))
-    with pytest.raises(UsageError, match="gemm_plugin"):
-        build(plan, checkpoint, tmp_path)
+    with pytest.raises(UsageError, match=r"build\.gemm_plugin"):
+        build(
+            load_plan(str(write_profile(tmp_path / "tiny.yaml", source, build__gemm_plugin="fp8"))),
+            checkpoint,
+            tmp_path,
+        )
     assert not (tmp_path / "machine" / "calls").exists()

@@ -39,9 +39,12 @@ def build(
     if dry_run:
         _show(steps(profile, options), done=False, json=json)
         return
-    with output.resumable(profile), output.byte_progress("build", quiet=json) as bar:
+    stage = ""
+    with output.resumable(profile, lambda: stage == "checkpoint"), output.byte_progress("build", quiet=json) as bar:
 
         def tell(step: Step) -> None:
+            nonlocal stage
+            stage = step.stage
             if not json and step.action != "keep" and step.report is None:
                 output.hint(f"{step.stage}: {'; '.join(step.why)}")
 

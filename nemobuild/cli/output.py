@@ -89,12 +89,13 @@ def byte_progress(title: str, *, quiet: bool) -> Iterator[Callable[..., None]]:
 
 
 @contextmanager
-def resumable(target: object) -> Iterator[None]:
-    """Say what an interrupt leaves, and how to go on."""
+def resumable(target: object, asks: Callable[[], bool] = lambda: True) -> Iterator[None]:
+    """Say what an interrupt leaves, and how to go on: with ``--resume`` where what was at work ``asks`` for it."""
     try:
         yield
     except KeyboardInterrupt:
-        hint(f"interrupted; what is done is kept: go on with --resume (for {target})")
+        how = "go on with --resume" if asks() else "run the same command again"
+        hint(f"interrupted; what is done is kept: {how} (for {target})")
         raise
 
 

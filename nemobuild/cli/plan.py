@@ -27,7 +27,7 @@ def plan(
 
     The exit status is 3 when it does not fit.
     """
-    from nemobuild.errors import DoesNotFit, from_os_error
+    from nemobuild.errors import from_os_error
     from nemobuild.places import load_plan
     from nemobuild.plan import picture, report
 
@@ -47,12 +47,7 @@ def plan(
         parts.append("\n".join(f"# {title}\n{shlex.join(argv)}" for title, argv in lines))
     output.result(value, "\n\n".join(parts), as_json=json)
     if not made.fits:
-        raise DoesNotFit(
-            "does-not-fit",
-            f"{made.name} does not fit.",
-            why=" ".join(made.shortfalls),
-            next=f"The first remedy: {made.remedies[0].change}." if made.remedies else "Take a larger card.",
-        )
+        raise report.does_not_fit(made)
 
 
 def as_text(made: Plan, *, explain: bool = False) -> str:

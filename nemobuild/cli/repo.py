@@ -39,7 +39,7 @@ def emit(
     json: Json = False,
 ) -> None:
     """Emit a model repository that stands alone: tokenizing, engine, text, streaming chat."""
-    from nemobuild.artefacts import artefact
+    from nemobuild.artefacts import artefact, wanted
     from nemobuild.places import load_plan, place, source_folder
     from nemobuild.triton.repository import plan_repository, write_repository
     from nemobuild.units import format_bytes
@@ -47,7 +47,9 @@ def emit(
     plan = load_plan(profile)
     target = target or place(profile, "repository")
     folder = source_folder(source or profile)
-    content = plan_repository(plan, folder, engine or artefact(plan, profile))
+    # Made from what `build` would take, it is also what `build` would make, and is kept.
+    inputs = wanted(plan, profile, "repository", None) if source is None and engine is None else None
+    content = plan_repository(plan, folder, engine or artefact(plan, profile), inputs=inputs)
     write_repository(content, target)
     value = {"repository": str(target), "files": len(content.files), "size_bytes": content.size_bytes}
     text = f"repository  {target}\nholds       {len(content.files)} files, {format_bytes(content.size_bytes)}"

@@ -23,7 +23,7 @@ from nemobuild.convert.calibrate import CalibrationPlan, calibrate, check_device
 from nemobuild.convert.calibrate_state import State
 from nemobuild.convert.calibrate_torch import TorchDevice
 from nemobuild.convert.journal import refuse_existing
-from nemobuild.convert.samples import SampleSet, default_calibration, load_samples
+from nemobuild.convert.samples import SampleSet, default_calibration, load_samples, prompt_digest
 from nemobuild.convert.scales import BlockScales
 from nemobuild.convert.workers import Progress
 from nemobuild.engine.cpu.memory import available_memory_bytes
@@ -128,6 +128,7 @@ def prepare(
         "texts": f"sha256:{texts.digest}",
         # What the texts became: tokenizer, template and reasoning policy are in it.
         "token_ids": f"sha256:{_digest(texts)}",
+        "prompt": prompt_digest(snapshot.path, reasoning),
         "samples": len(texts.samples),
         "tokens_per_sample": tokens_per_sample,
         "tokens": texts.tokens,

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 from array import array
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -32,6 +32,7 @@ MAX_SAMPLES = 65536
 # Far beyond any context; the tokenizer takes about 150 bytes of memory for each byte.
 MAX_LINE_BYTES = 1 << 20
 LANGUAGES = ("en", "de", "fr", "it", "pt", "hi", "es", "th")
+_PROMPT_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.*")
 _KEYS = ("text", "messages", "tools", "reasoning", "language", "kind")
 
 
@@ -67,6 +68,19 @@ def default_calibration() -> Path:
 def held_out() -> Path:
     """The texts that ship with nemobuild for judging a result; none of them is used to calibrate."""
     return data_folder("engine_configs") / "calibration" / "heldout.jsonl"
+
+
+def prompt_digest(model: Path, reasoning: str | None) -> str:
+    """sha256 (hex) of what turns texts into the token ids of ``model``: its tokenizer, its template, and the policy."""
+    digest = hashlib.sha256()
+    try:
+        for file in sorted(file for pattern in _PROMPT_FILES for file in model.glob(pattern)):
+            digest.update(f"{file.name}\0{hashlib.sha256(file.read_bytes()).hexdigest()}\0".encode())
+    except OSError as error:
+        raise from_os_error(error, model, "reading the tokenizer") from error
+    policies = reasoning_policies().values() if reasoning is None else [reasoning_policy(reasoning)]
+    digest.update(json.dumps([reasoning, *map(asdict, policies)], sort_keys=True).encode())
+    return digest.hexdigest()
 
 
 def load_samples(

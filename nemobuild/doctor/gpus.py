@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from nemobuild.doctor.findings import Finding, failed
 from nemobuild.errors import DoesNotFit, ToolchainError
-from nemobuild.nvml import GpuReading, NvidiaReading, pick_gpus
+from nemobuild.nvml import GpuReading, NvidiaReading, check_count, pick_gpus
 from nemobuild.plan.memory import RankLedger
 from nemobuild.plan.planner import Plan
 from nemobuild.plan.toolchain import Toolchain, toolchains
@@ -74,18 +74,15 @@ def check_gpus(gpus: tuple[GpuReading, ...], plan: Plan | None) -> Iterator[Find
         yield failed("gpu", error) if wanted else Finding("gpu", "warning", error.what, error.why, error.next)
     for gpu in gpus:
         yield from _check_health(gpu)
-    for gpu, rank in zip(pick_gpus(gpus, wanted.sm if wanted else None, len(ranks)), ranks, strict=False):
-        assert plan is not None and wanted is not None
+    if not gpus or plan is None or wanted is None:
+        return
+    chosen = pick_gpus(gpus, wanted.sm, len(ranks))
+    for gpu, rank in zip(chosen, ranks, strict=False):
         yield from _check_fit(gpu, plan, rank)
-    if gpus and len(gpus) < len(ranks):
-        yield failed(
-            "gpu",
-            DoesNotFit(
-                "too-few-gpus",
-                f"The profile needs {len(ranks)} GPUs; there are {len(gpus)}.",
-                next="Lower machine.count together with tensor_parallel, and type `nemobuild plan`.",
-            ),
-        )
+    try:
+        check_count(chosen, len(ranks))
+    except ToolchainError as error:
+        yield failed("gpu", error)
 
 
 def _check_health(gpu: GpuReading) -> Iterator[Finding]:
@@ -177,6 +174,8 @@ def _check_fit(gpu: GpuReading, plan: Plan, rank: RankLedger) -> Iterator[Findin
                 next="Name this card in machine.gpu, and type `nemobuild plan`.",
             ),
         )
+    elif not plan.fits:
+        return  # no card is free enough then, and the plan is at fault
     elif not gpu.mig and free_bytes < rank.needed_bytes:
         yield failed(
             check,

@@ -22,6 +22,7 @@ from nemobuild.doctor.software import check_container, check_engine, check_trito
 from nemobuild.errors import NemobuildError, ToolchainError
 from nemobuild.nvml import NvidiaReading, read_nvidia
 from nemobuild.plan.planner import Plan
+from nemobuild.plan.report import does_not_fit
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +44,7 @@ def examine(plan: Plan | None = None, folder: Path = Path("build")) -> Report:
     except ToolchainError as error:
         nvidia = error
     checks: dict[str, Callable[[], Iterable[Finding]]] = {
+        "plan": lambda: () if plan is None or plan.fits else [failed("plan", does_not_fit(plan))],
         "driver": lambda: check_driver(nvidia, plan),
         "gpu": lambda: () if isinstance(nvidia, ToolchainError) else check_gpus(nvidia.gpus, plan),
         "memory": lambda: check_memory(plan),

@@ -12,14 +12,14 @@ from typing import Any
 
 from nemobuild import __version__
 from nemobuild.doctor.findings import Finding, failed
-from nemobuild.engine.built_with import compare_with_here, here, installed
+from nemobuild.engine.built_with import compare_all, installed
 from nemobuild.engine.container import find_docker
 from nemobuild.engine.foreign import explain, last_lines
 from nemobuild.errors import NemobuildError, ToolchainError
 from nemobuild.model.hf_config import load_json
 from nemobuild.nvml import NvidiaReading, pick_gpus
 from nemobuild.plan.planner import Plan
-from nemobuild.plan.toolchain import toolchains
+from nemobuild.plan.toolchain import same_version, toolchains
 from nemobuild.triton.carrier import REQUIREMENT, check_platform, find_libpython
 from nemobuild.triton.launch import missing_here
 
@@ -37,12 +37,12 @@ def check_versions(plan: Plan | None) -> Iterator[Finding]:
         return
     wanted = plan.toolchain if plan else toolchains().get(own.container or "")
     if wanted is None and plan is None:
-        fitting = [tag for tag, known_one in toolchains().items() if known_one.trtllm == own.trtllm]
+        fitting = [tag for tag, known_one in toolchains().items() if same_version(known_one.trtllm, own.trtllm)]
         what = f"TensorRT-LLM {own.trtllm} is " + (
             f"that of container {fitting[0]}." if fitting else "not in the matrix."
         )
         yield Finding("versions", "note" if fitting else "warning", what, next="See engine_configs/toolchain.yaml.")
-    elif wanted is not None and own.trtllm != wanted.trtllm:
+    elif wanted is not None and not same_version(own.trtllm, wanted.trtllm):
         yield failed(
             "versions",
             ToolchainError(
@@ -119,9 +119,9 @@ def check_engine(plan: Plan | None, engine: Path, nvidia: NvidiaReading | None) 
         return
     local = not missing_here(plan.profile.runtime, plan.profile.checkpoint.ranks)
     gpus = pick_gpus(nvidia.gpus, plan.gpu.sm, len(plan.ranks)) if nvidia else ()
-    serving = here(None if local else plan.toolchain, nvidia.driver if nvidia else None, gpus)
     try:
-        compare_with_here(load_json(engine / "manifest.json"), serving)
+        manifest = load_json(engine / "manifest.json")
+        compare_all(manifest, None if local else plan.toolchain, nvidia.driver if nvidia else None, gpus)
     except NemobuildError as error:
         yield failed("engine", error)
         return

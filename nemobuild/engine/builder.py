@@ -20,10 +20,10 @@ from nemobuild.engine.built_with import BuiltWith, sm_text
 from nemobuild.engine.container import Mount, docker_run, find_docker
 from nemobuild.engine.flags import TOOL
 from nemobuild.errors import ToolchainError
-from nemobuild.nvml import GpuReading, NvidiaReading, pick_gpus, read_nvidia, visible_gpus
+from nemobuild.nvml import GpuReading, NvidiaReading, check_count, pick_gpus, read_nvidia, visible_gpus
 from nemobuild.plan.gpus import Gpu
 from nemobuild.plan.planner import Plan
-from nemobuild.plan.toolchain import Toolchain
+from nemobuild.plan.toolchain import Toolchain, same_version
 
 Where = Literal["auto", "local", "container"]
 _DAEMON_TIMEOUT_S = 30.0
@@ -64,17 +64,18 @@ def find_builder(plan: Plan, where: Where = "auto") -> Builder:
         )
     local = where == "local" or (where == "auto" and program is not None)
     if local and program is not None:
-        _check_versions(toolchain, Path(program))
+        versions = _check_versions(toolchain, Path(program))
     else:
         _check_daemon(find_docker())
+        versions = {"tensorrt": toolchain.tensorrt, "tensorrt_llm": toolchain.trtllm}
     reading = read_nvidia()
     cards = _cards(reading, gpu.sm, plan.profile.build.workers, f"{gpu.title} ({sm_text(gpu.sm)})")
     made = BuiltWith(
         gpu=cards[0].name,
         sm=sm_text(gpu.sm),
         driver=reading.driver,
-        tensorrt=toolchain.tensorrt,
-        trtllm=toolchain.trtllm,
+        tensorrt=versions.get("tensorrt"),
+        trtllm=versions.get("tensorrt_llm"),
         container=None if local else toolchain.tag,
     )
     return Builder(None if local else toolchain, tuple(card.index for card in cards), made)
@@ -85,17 +86,19 @@ def _needed(plan: Plan) -> tuple[Toolchain, Gpu]:
     return plan.toolchain, plan.gpu
 
 
-def _check_versions(toolchain: Toolchain, program: Path) -> None:
+def _check_versions(toolchain: Toolchain, program: Path) -> Mapping[str, str]:
+    """What ``installed_versions`` finds, when it is that of ``toolchain``."""
     found = installed_versions(program)
     for package, wanted in (("tensorrt_llm", toolchain.trtllm), ("tensorrt", toolchain.tensorrt)):
         here = found.get(package)
-        if here is not None and not f"{here}.".startswith(f"{wanted}."):
+        if not same_version(here, wanted):
             raise ToolchainError(
                 "another-version",
                 f"The {TOOL} here is of {package} {here}; container {toolchain.tag} of the profile has {wanted}.",
                 why=f"It is {program}.",
                 next="Build in the container (--container), or name the container that is here in machine.container.",
             )
+    return found
 
 
 def installed_versions(program: Path) -> dict[str, str]:
@@ -135,6 +138,8 @@ def _check_daemon(docker: str) -> None:
 
 def _cards(reading: NvidiaReading, sm: tuple[int, int], count: int, wanted: str) -> tuple[GpuReading, ...]:
     cards = pick_gpus(reading.gpus, sm, count)
+    if reading.gpus and all(card.sm == sm for card in cards):
+        check_count(cards, count)
     if len(cards) < count or any(card.sm != sm for card in cards):
         here = ", ".join(f"{gpu.name} ({sm_text(gpu.sm)})" for gpu in reading.gpus) or "no GPU"
         raise ToolchainError(

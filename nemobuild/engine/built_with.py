@@ -15,7 +15,7 @@ from typing import Any
 
 from nemobuild.errors import IntegrityError, ToolchainError
 from nemobuild.nvml import GpuReading
-from nemobuild.plan.toolchain import Toolchain, toolchains
+from nemobuild.plan.toolchain import Toolchain, same_version, toolchains
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class BuiltWith:
     container: str | None = None
 
 
-# What must be equal: field, its name for readers. A driver may be newer, and a container only carries the others.
+# What must agree: field, its name for readers. A driver may be newer, and a container only carries the others.
 _MUST_AGREE = (("sm", "compute capability"), ("tensorrt", "TensorRT"), ("trtllm", "TensorRT-LLM"))
 
 
@@ -49,7 +49,7 @@ def compare_with_here(manifest: Mapping[str, Any], here: BuiltWith) -> None:
     differing = [
         (title, getattr(made, field), getattr(here, field))
         for field, title in _MUST_AGREE
-        if None not in (getattr(made, field), getattr(here, field)) and getattr(made, field) != getattr(here, field)
+        if not same_version(getattr(made, field), getattr(here, field))
     ]
     if not differing:
         return
@@ -85,14 +85,22 @@ def installed() -> BuiltWith:
     )
 
 
-def here(toolchain: Toolchain | None, driver: str | None, gpus: Sequence[GpuReading]) -> BuiltWith:
-    """What serves: ``toolchain``'s container, or without one this machine; on the first of ``gpus``, if any."""
+def compare_all(
+    manifest: Mapping[str, Any], toolchain: Toolchain | None, driver: str | None, gpus: Sequence[GpuReading]
+) -> None:
+    """``compare_with_here`` for every one of ``gpus``, served by ``toolchain``'s container or else by this machine."""
+    for gpu in gpus or (None,):
+        compare_with_here(manifest, here(toolchain, driver, gpu))
+
+
+def here(toolchain: Toolchain | None, driver: str | None, gpu: GpuReading | None) -> BuiltWith:
+    """What serves: ``toolchain``'s container, or without one this machine; on ``gpu``, if any."""
     made = installed()
     if toolchain is not None:
         made = BuiltWith(tensorrt=toolchain.tensorrt, trtllm=toolchain.trtllm, container=toolchain.tag)
-    if not gpus:
+    if gpu is None:
         return replace(made, driver=driver)
-    return replace(made, gpu=gpus[0].name, sm=sm_text(gpus[0].sm), driver=driver)
+    return replace(made, gpu=gpu.name, sm=sm_text(gpu.sm), driver=driver)
 
 
 def _package(name: str) -> str | None:

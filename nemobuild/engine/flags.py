@@ -1,4 +1,4 @@
-"""The command line of ``trtllm-build`` (TensorRT-LLM 1.0 to 1.2) as data: its flags, and how they depend on each other.
+"""The command line of ``trtllm-build`` (TensorRT-LLM 1.0 to 1.2) as data; how flags depend is in ``plan.build_rules``.
 
 ``trtllm-build`` refuses an unknown flag at once, but of flags that contradict each other it silently changes one, and
 the engine that comes out after an hour has other limits than those asked for. So every command is checked here first,
@@ -10,16 +10,15 @@ Source: ``tensorrt_llm/commands/build.py``, ``plugin/plugin.py`` and ``_common.p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from nemobuild.errors import ToolchainError, UsageError, nearest
+from nemobuild.plan.build_rules import Target, check_values
 
 TOOL = "trtllm-build"
 FIRST_WITHOUT_ENGINES = (1, 3)
-
-Values = Mapping[str, str | int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,154 +83,6 @@ FLAGS: Mapping[str, Flag] = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """What an engine is built from and for: the facts that flags depend on. ``sm`` is (9, 0) for an H100."""
-
-    fp8: bool
-    fp8_kv: bool
-    ranks: int
-    sm: tuple[int, int]
-    trtllm: str
-
-
-@dataclass(frozen=True, slots=True)
-class Rule:
-    """``flag`` cannot be as it is when ``broken``; ``why`` says what ``trtllm-build`` would do."""
-
-    flag: str
-    broken: Callable[[Values, Target], bool]
-    why: str
-
-
-def _on(values: Values, name: str) -> bool:
-    return values[name] not in (None, "disable")
-
-
-def _number(values: Values, name: str) -> int:
-    value = values[name]
-    return value if isinstance(value, int) else 0
-
-
-_BLACKWELL_LACKS = (
-    "gemm_swiglu_plugin",
-    "low_latency_gemm_plugin",
-    "low_latency_gemm_swiglu_plugin",
-    "fp8_rowwise_gemm_plugin",
-)
-
-RULES: tuple[Rule, ...] = (
-    Rule(
-        "max_seq_len",
-        lambda v, t: v["max_seq_len"] is None,
-        "without it the engine is built for the model's longest context",
-    ),
-    Rule(
-        "max_num_tokens",
-        lambda v, t: _number(v, "max_num_tokens") < _number(v, "max_batch_size") * _number(v, "max_beam_width"),
-        "one step must hold one token of every request, max_batch_size x max_beam_width",
-    ),
-    Rule(
-        "max_num_tokens",
-        lambda v, t: _number(v, "max_num_tokens") < _number(v, "tokens_per_block"),
-        "trtllm-build raises it to tokens_per_block",
-    ),
-    Rule(
-        "max_num_tokens",
-        lambda v, t: _number(v, "max_num_tokens") > _number(v, "max_batch_size") * _number(v, "max_seq_len"),
-        "trtllm-build cuts it to max_batch_size x max_seq_len",
-    ),
-    Rule(
-        "opt_num_tokens",
-        lambda v, t: v["opt_num_tokens"] is not None and _on(v, "multiple_profiles"),
-        "multiple_profiles chooses it by itself",
-    ),
-    Rule(
-        "opt_num_tokens",
-        lambda v, t: _number(v, "opt_num_tokens") > _number(v, "max_num_tokens"),
-        "trtllm-build cuts it to max_num_tokens",
-    ),
-    Rule(
-        "remove_input_padding",
-        lambda v, t: not _on(v, "remove_input_padding"),
-        "in-flight batching needs packed inputs",
-    ),
-    Rule(
-        "kv_cache_type",
-        lambda v, t: v["kv_cache_type"] != "paged",
-        "in-flight batching and KV reuse need a paged cache",
-    ),
-    Rule(
-        "use_paged_context_fmha",
-        lambda v, t: _on(v, "use_paged_context_fmha") and not _on(v, "context_fmha"),
-        "it is a form of context_fmha, which is off",
-    ),
-    Rule(
-        "use_paged_context_fmha",
-        lambda v, t: _on(v, "use_paged_context_fmha") and t.fp8_kv and not t.fp8,
-        "with an FP8 KV cache and BF16 weights trtllm-build turns it off, and KV reuse with it",
-    ),
-    Rule(
-        "use_fp8_context_fmha",
-        lambda v, t: _on(v, "use_fp8_context_fmha") and not t.fp8,
-        "it takes its output scale from an FP8 linear layer, and the weights are not FP8",
-    ),
-    Rule(
-        "use_fp8_context_fmha",
-        lambda v, t: _on(v, "use_fp8_context_fmha") and _on(v, "use_paged_context_fmha") and not t.fp8_kv,
-        "with FP8 weights and a BF16 KV cache trtllm-build turns it off",
-    ),
-    Rule(
-        "use_fp8_context_fmha",
-        lambda v, t: not _on(v, "use_fp8_context_fmha") and _on(v, "use_paged_context_fmha") and t.fp8 and t.fp8_kv,
-        "with an FP8 KV cache and paged context attention trtllm-build turns it on",
-    ),
-    Rule(
-        "use_fp8_context_fmha",
-        lambda v, t: _on(v, "use_fp8_context_fmha") and t.sm < (8, 9),
-        "FP8 attention needs compute capability 8.9 or higher",
-    ),
-    Rule("gemm_plugin", lambda v, t: v["gemm_plugin"] == "fp8" and not t.fp8, "the weights are not FP8"),
-    Rule("gemm_plugin", lambda v, t: v["gemm_plugin"] == "nvfp4", "NVFP4 weights are not made by nemobuild"),
-    Rule(
-        "gemm_plugin",
-        lambda v, t: _on(v, "gemm_plugin") and _on(v, "weight_streaming"),
-        "weights that a plugin holds cannot be streamed; it must be disable",
-    ),
-    Rule(
-        "gemm_swiglu_plugin",
-        lambda v, t: _on(v, "gemm_swiglu_plugin") and t.sm[0] != 9,
-        "that kernel exists for Hopper (compute capability 9.0) only",
-    ),
-    *(
-        Rule(name, lambda v, t, name=name: _on(v, name) and t.sm[0] >= 10, "Blackwell has no such kernel")  # type: ignore[misc]
-        for name in _BLACKWELL_LACKS
-    ),
-    Rule(
-        "reduce_fusion",
-        lambda v, t: _on(v, "reduce_fusion"),
-        "trtllm-build turns it off for every architecture but Llama and Gemma",
-    ),
-    Rule("streamingllm", lambda v, t: _on(v, "streamingllm"), "it is supported for Llama before 1.1 only"),
-    Rule("pp_reduce_scatter", lambda v, t: _on(v, "pp_reduce_scatter"), "it is supported for Mixtral only"),
-    Rule(
-        "workers",
-        lambda v, t: not 1 <= _number(v, "workers") <= t.ranks,
-        "each worker builds one rank, and there are no more ranks than that",
-    ),
-    Rule(
-        "max_draft_len",
-        lambda v, t: (_number(v, "max_draft_len") > 0) != (v["speculative_decoding_mode"] is not None),
-        "draft tokens and speculative_decoding_mode go together",
-    ),
-    Rule(
-        "lora_target_modules",
-        lambda v, t: v["lora_target_modules"] is not None and not _on(v, "lora_plugin"),
-        "without lora_plugin it has no effect",
-    ),
-)
-
-
 def parse(argv: Sequence[str]) -> dict[str, str | int | None]:
     """Every flag's value after the command ``argv`` (its first word is the tool's name), defaults included.
 
@@ -272,13 +123,7 @@ def check_flags(argv: Sequence[str], target: Target) -> dict[str, str | int | No
             next="Take a profile with runtime llmapi, or a machine.container with 1.2.1 or older.",
         )
     values = parse(argv)
-    for rule in RULES:
-        if rule.broken(values, target):
-            value = values[rule.flag]
-            found = "is not given" if value is None else f"cannot be {value}"
-            raise UsageError(
-                "contradictory-limits", f"--{rule.flag} of {TOOL} {found} here.", why=f"{rule.why}.".capitalize()
-            )
+    check_values(values, target)
     return values
 
 

@@ -26,6 +26,7 @@ _PR_SET_PDEATHSIG = 1
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
 _POLL_S = 0.1
 _SAMPLE_S = 0.5
+_STOP_S = 30.0
 _MAX_LINE_BYTES = 1 << 16
 
 
@@ -108,9 +109,11 @@ def run(
                 with contextlib.suppress(subprocess.TimeoutExpired):
                     process.wait(_POLL_S)
         finally:
-            if stop is not None and process.poll() is None:
-                subprocess.run(list(stop), check=False, stdin=subprocess.DEVNULL, capture_output=True)
-            end_group(process, grace_s)
+            try:
+                if stop is not None and process.poll() is None:
+                    _ask(stop)
+            finally:  # also after a second Ctrl-C
+                end_group(process, grace_s)
         for line in lines:
             tell(line)
     return Finished(
@@ -121,6 +124,14 @@ def run(
         peak_memory_bytes=peak_bytes,
         peak_gpu_bytes=None if peak_gpu_bytes is None else max(0, peak_gpu_bytes - (before_gpu_bytes or 0)),
     )
+
+
+def _ask(stop: Sequence[str]) -> None:
+    """Run ``stop`` and wait for it, in a session of its own: a second Ctrl-C ends our waiting, and not its work."""
+    quiet = subprocess.DEVNULL
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        asked = subprocess.Popen(list(stop), stdin=quiet, stdout=quiet, stderr=quiet, start_new_session=True)
+        asked.wait(_STOP_S)
 
 
 def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:

@@ -10,12 +10,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemobuild.engine.flags import Target, version
+from nemobuild.engine.flags import version
 from nemobuild.errors import IntegrityError, VerificationFailed
 from nemobuild.model.hf_config import load_json
+from nemobuild.plan.build_rules import Target
 
 # Flags that the engine's config.json repeats: by their own name, or in plugin_config.
 _LIMITS = ("max_batch_size", "max_num_tokens", "max_seq_len", "max_beam_width")
+_SWITCHES = ("weight_streaming",)
 _PLUGIN_NUMBERS = ("tokens_per_block",)
 _PLUGIN_SWITCHES = (
     "remove_input_padding",
@@ -71,6 +73,8 @@ def _fields(
     for name in _LIMITS:
         yield name, build.get(name), flags[name]
     yield "kv_cache_type", str(build.get("kv_cache_type")).rpartition(".")[2].lower(), flags["kv_cache_type"]
+    for name in _SWITCHES:
+        yield name, build.get(name), flags[name] == "enable"
     for name in _PLUGIN_NUMBERS:
         yield name, plugins.get(name), flags[name]
     for name in _PLUGIN_SWITCHES:

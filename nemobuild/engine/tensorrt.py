@@ -20,11 +20,12 @@ from pathlib import Path
 from nemobuild.engine import foreign, process
 from nemobuild.engine.builder import Builder
 from nemobuild.engine.container import Mount
-from nemobuild.engine.flags import TOOL, Target, check_flags
+from nemobuild.engine.flags import TOOL, check_flags
 from nemobuild.engine.readback import check_engine, engine_files
 from nemobuild.errors import ChildFailed, DoesNotFit, NemobuildError, ToolchainError, from_os_error
 from nemobuild.folders import check_free, partial_of, replace_folder
 from nemobuild.nvml import read_nvidia
+from nemobuild.plan.build_rules import Target
 from nemobuild.plan.planner import Plan
 from nemobuild.units import format_bytes, format_seconds
 

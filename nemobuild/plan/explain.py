@@ -10,7 +10,10 @@ from nemobuild.model.parallel import balanced_ranges
 from nemobuild.model.spec import ModelSpec
 from nemobuild.plan import memory
 from nemobuild.plan.gpus import Gpu
+from nemobuild.plan.toolchain import Toolchain
 
+# Of the PyTorch runtime: up to this line it uses the checkpoint's KV scales for NVFP4 only.
+_LAST_UNSCALED_KV = (1, 2)
 # Section -> field -> (unit, what it is): every limit that there is.
 EXPLAINED = {
     "limits": {
@@ -43,11 +46,15 @@ class Explained:
     why: str
 
 
-def notes(spec: ModelSpec, profile: EngineConfig, gpu: Gpu, stages: Sequence[range]) -> Iterator[str]:
+def notes(
+    spec: ModelSpec, profile: EngineConfig, gpu: Gpu, toolchain: Toolchain, stages: Sequence[range]
+) -> Iterator[str]:
     yield from _split_notes(spec, profile, stages)
     checkpoint = profile.checkpoint
     if profile.runtime == "tensorrt" and checkpoint.precision == "fp8" and checkpoint.kv_cache == "bf16":
         yield "With FP8 weights and a BF16 KV cache, paged context attention runs in BF16 (trtllm-build's rule)."
+    if profile.runtime == "llmapi" and checkpoint.kv_cache == "fp8" and toolchain.line <= _LAST_UNSCALED_KV:
+        yield f"TensorRT-LLM {toolchain.trtllm} keeps FP8 keys and values with scale 1.0; measured scales are not used."
     if checkpoint.tensor_parallel > min(filter(None, spec.kv_heads_per_block), default=1 << 20):
         yield "More ranks than KV heads: heads are repeated, so the KV cache per rank shrinks no further."
     yield from (note if note.endswith(".") else f"{note}." for note in gpu.notes)

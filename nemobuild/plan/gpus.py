@@ -45,10 +45,11 @@ def load_gpu(name: str) -> Gpu:
     """The card of that name. Raises ``UsageError`` that proposes the nearest."""
     known = _data()
     if name not in known:
+        begun = [repr(other) for other in known if name and other.startswith(name)]
         raise UsageError(
             "unknown-gpu",
             f"The GPU {name!r} is unknown.",
-            why=nearest(name, known),
+            why=f"Did you mean {' or '.join(begun)}?" if begun else nearest(name, known),
             next="Name one of them, or add it to engine_configs/gpus.yaml.",
         )
     return _gpu(name, known[name])

@@ -17,6 +17,7 @@ from nemobuild.errors import ToolchainError, UsageError
 from nemobuild.model.parallel import check_parallel
 from nemobuild.model.spec import ModelSpec
 from nemobuild.plan import memory
+from nemobuild.plan.build_rules import Target, check_profile
 from nemobuild.plan.explain import Explained, explain, notes
 from nemobuild.plan.gpus import FP8_SM, Gpu, load_gpu
 from nemobuild.plan.host import StageNeed, host_needs
@@ -148,6 +149,9 @@ def solve(spec: ModelSpec, profile: EngineConfig, gpu: Gpu, name: str) -> Plan:
         if not streamed:
             step_tokens, step_why = solver.choose_step()
         batch, batch_why = solver.choose_batch(step_tokens)
+        cut = solver.cut_step(step_tokens, batch)
+        if cut < step_tokens and profile.build.max_num_tokens is None:
+            step_tokens, step_why = cut, "max_batch_size requests of the longest context"
         kv_tokens = solver.pool(batch, step_tokens)
     fraction = solver.fraction(batch, step_tokens, kv_tokens)
     limits, build = profile.limits, profile.build
@@ -164,6 +168,10 @@ def solve(spec: ModelSpec, profile: EngineConfig, gpu: Gpu, name: str) -> Plan:
             "build": build.model_copy(update={"max_num_tokens": step_tokens, "kv_cache_fraction": fraction}),
         }
     )
+    if profile.runtime == "tensorrt" and not shortfalls:
+        form = profile.checkpoint
+        fp8, fp8_kv = form.precision == "fp8", form.kv_cache == "fp8"
+        check_profile(resolved, Target(fp8, fp8_kv, form.ranks, gpu.sm, toolchain.trtllm))
     ranks = solver.ledgers(batch, step_tokens, kv_tokens, fits=not shortfalls)
     why = {
         "limits.max_batch_size": batch_why,
@@ -187,7 +195,7 @@ def solve(spec: ModelSpec, profile: EngineConfig, gpu: Gpu, name: str) -> Plan:
         weights_on_gpu=1.0 - streamed,
         concurrency={} if shortfalls else concurrency(kv_tokens, limits.max_context_tokens),
         shortfalls=tuple(shortfalls),
-        notes=tuple(notes(spec, profile, gpu, stages)),
+        notes=tuple(notes(spec, profile, gpu, toolchain, stages)),
     )
 
 

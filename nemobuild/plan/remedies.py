@@ -56,7 +56,7 @@ def _changes(plan: Plan, profile: EngineConfig) -> Iterator[tuple[str, Change]]:
             break
     for gpu in gpus():
         larger = gpu.memory_bytes > plan.gpu.memory_bytes or gpu.bandwidth_bytes_per_s > plan.gpu.bandwidth_bytes_per_s
-        if larger and gpu.sm >= plan.gpu.sm and _fits(plan, profile, {"machine.gpu": gpu.name}):
+        if larger and _fits(plan, profile, {"machine.gpu": gpu.name}):
             yield gpu.title, {"machine.gpu": gpu.name}
             break
     if profile.runtime == "tensorrt" and not profile.build.weight_streaming:

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemobuild.errors import DoesNotFit
 from nemobuild.plan.planner import Plan
 from nemobuild.plan.roofline import DecodeCeiling, decode_ceiling, prefill_ceiling
 from nemobuild.units import format_bytes, format_count
@@ -23,6 +24,16 @@ class Section:
 def verdict(plan: Plan) -> str:
     """One or two sentences."""
     return f"{heading(plan)} {outcome(plan)}"
+
+
+def does_not_fit(plan: Plan) -> DoesNotFit:
+    """What is missing, and the remedy that costs the least."""
+    return DoesNotFit(
+        "does-not-fit",
+        f"{plan.name} does not fit.",
+        why=" ".join(plan.shortfalls),
+        next=f"The first remedy: {plan.remedies[0].change}." if plan.remedies else "Take a larger card.",
+    )
 
 
 def heading(plan: Plan) -> str:

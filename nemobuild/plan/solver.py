@@ -38,7 +38,9 @@ class Solver:
         limits = profile.limits
         self.request_tokens = memory.in_blocks(limits.request_tokens)
         self.least_batch = limits.max_batch_size or 1
-        self.least_step = profile.build.max_num_tokens or max(STEP_TOKENS[-1], self.least_batch)
+        self.least_step = profile.build.max_num_tokens or self.cut_step(
+            max(STEP_TOKENS[-1], self.least_batch), self.least_batch
+        )
         promised = limits.kv_cache_tokens or (limits.max_batch_size or 0) * self.request_tokens
         self.least_kv_tokens = memory.in_blocks(max(limits.max_context_tokens, promised))
         fp8_kv, tp = profile.checkpoint.kv_cache == "fp8", profile.checkpoint.tensor_parallel
@@ -76,6 +78,10 @@ class Solver:
     def speed(self, batch: int) -> float:
         shapes = self.shapes(batch, self.least_step)
         return decode_ceiling(self.spec, shapes, self.gpu, batch, self.request_tokens).tokens_per_s_per_request
+
+    def cut_step(self, step_tokens: int, batch: int) -> int:
+        """No step is longer than all requests at their longest: trtllm-build would cut it."""
+        return min(step_tokens, batch * self.profile.limits.max_context_tokens)
 
     def choose_step(self) -> tuple[int, str]:
         if self.profile.build.max_num_tokens is not None:

@@ -29,6 +29,16 @@ class Toolchain:
         return int(major), int(minor)
 
 
+def same_version(one: str | None, other: str | None) -> bool:
+    """Whether two versions name the same release: a package says ``1.0.3.2510`` where a table says ``1.0.3``.
+
+    What is not known (None) differs from nothing.
+    """
+    if one is None or other is None:
+        return True
+    return all(a == b for a, b in zip(one.split("."), other.split("."), strict=False))
+
+
 @cache
 def toolchains() -> dict[str, Toolchain]:
     """All known containers by tag, newest first."""

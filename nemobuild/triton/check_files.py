@@ -47,7 +47,9 @@ def self_contained(repository: Opened) -> Found:
     home = repository.folder.resolve()
     for name in repository.names("**/*"):
         path = repository.folder / name
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
+        if path.is_symlink() and not path.exists():  # also one that leads to itself
+            yield name, "a link to nowhere"
+        elif path.is_symlink() and not path.resolve().is_relative_to(home):
             yield name, "a link out of the repository"
     for name, model in repository.models.items():
         for key, parameter in model.parameters.items():
@@ -75,7 +77,7 @@ def manifest(repository: Opened) -> Found:
     for name in sorted(present - set(listed)):
         yield name, f"not in {MANIFEST}"
     for name, given in sorted(listed.items()):
-        if name not in present:
+        if name not in present or not (repository.folder / name).exists():
             yield name, f"in {MANIFEST}, but not there"
             continue
         path, entry = repository.folder / name, _dict(given)

@@ -18,11 +18,11 @@ from typing import Any, Literal
 from pydantic import BaseModel, ValidationError
 
 from nemobuild.config import CheckpointConfig, MachineConfig
-from nemobuild.engine.built_with import compare_with_here, here
+from nemobuild.engine.built_with import compare_all
 from nemobuild.engine.container import Mount, docker_run, find_docker
 from nemobuild.errors import IntegrityError, ToolchainError, UsageError
 from nemobuild.model.hf_config import load_json
-from nemobuild.nvml import GpuReading, pick_gpus, read_nvidia, visible_gpus
+from nemobuild.nvml import GpuReading, check_count, pick_gpus, read_nvidia, visible_gpus
 from nemobuild.plan.gpus import load_gpu
 from nemobuild.plan.planner import Plan
 from nemobuild.plan.toolchain import Toolchain, load_toolchain
@@ -210,7 +210,8 @@ def choose_launch(made: Emitted, repository: Path, endpoint: Endpoint, server_id
     else:
         nvidia = read_nvidia()
         gpus = pick_gpus(nvidia.gpus, made.sm, made.ranks)
-        compare_with_here(made.engine, here(container, nvidia.driver, gpus))
+        check_count(gpus, made.ranks)
+        compare_all(made.engine, container, nvidia.driver, gpus)
     numbers = [gpu.index for gpu in gpus]
     if container is not None:
         docker, name = find_docker(), server_id.strip("_")

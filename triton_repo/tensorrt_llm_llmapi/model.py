@@ -1,7 +1,9 @@
 """The ``tensorrt_llm`` model on the ``llmapi`` runtime: ``tensorrt_llm.LLM`` on token ids.
 
 ``model.yaml`` beside this file holds the arguments of ``LLM`` and, under ``triton_config``, our own. One event loop in
-a thread follows all requests. With more than one GPU ``LLM`` starts its own workers.
+a thread follows all requests. With more than one GPU ``nemobuild serve`` starts this Triton through
+``trtllm-llmapi-launch``: the other ranks wait under it, and TLLM_SPAWN_PROXY_PROCESS tells ``LLM`` to use them. In a
+Triton that was started without it ``LLM`` starts workers of its own.
 """
 
 import asyncio
@@ -14,7 +16,7 @@ import yaml
 from .engine_model import EngineModel
 from .lib.engine.request import Chunk, Limits, QueueFull, RequestError, check
 
-# What a launcher's mpirun leaves in the environment. With it, LLM would join that job instead of starting its workers.
+# What a launcher's mpirun leaves in the environment. With it, LLM would take itself for a rank of that job.
 _MPI_JOB = tuple("OMPI_COMM_WORLD_ OMPI_UNIVERSE_ OMPI_FIRST_ OMPI_APP_CTX_ OMPI_MCA_orte_ ORTE_ PMIX_ PMI_".split())
 _MPI_SETTINGS = ("PMIX_MCA_",)  # these say how, not who
 

@@ -100,6 +100,10 @@ def nvmlDeviceGetName(handle):
     return _field(handle, "name")
 
 
+def nvmlDeviceGetUUID(handle):
+    return f"GPU-{next(i for i, gpu in enumerate(_read('gpus')) if gpu is handle):08x}-0000"
+
+
 def nvmlDeviceGetMemoryInfo(handle):
     total, used = _field(handle, "total"), _field(handle, "used")
     return SimpleNamespace(total=total, used=used, free=total - used)
