@@ -38,6 +38,8 @@ bench: $(VENV)/.dev ## Run the benchmarks and write their results beside them
 	$(BIN)/python benchmarks/convert_fp8.py
 	$(BIN)/python benchmarks/calibrate.py
 	$(BIN)/python benchmarks/cpu_runtime.py
+	$(BIN)/python benchmarks/text_layer.py
+	$(BIN)/python benchmarks/text_service.py
 	$(BIN)/python benchmarks/cli_start.py
 
 bench-peers: $(PEERS)/.peers ## Run the benchmark against ModelOpt

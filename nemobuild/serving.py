@@ -6,13 +6,29 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from nemobuild.gateway.process import GatewayProcess, url_of
 from nemobuild.triton.launch import DEFAULT_PORTS, Endpoint, Launch, Where, read_emitted
 from nemobuild.triton.server import died, running
+
+
+@dataclass(frozen=True, slots=True)
+class Front:
+    """The gateway that ``serve_until_stopped`` keeps alive. ``on_restart`` is called when it had died."""
+
+    bound: socket.socket
+    api_keys: Path | None
+    log: Path
+    on_restart: Callable[[], None]
+
+    @property
+    def url(self) -> str:
+        return url_of(self.bound)
 
 
 def serve_until_stopped(
@@ -24,8 +40,12 @@ def serve_until_stopped(
     ready_timeout_s: float,
     on_start: Callable[[Launch], None],
     on_ready: Callable[[Endpoint], None],
+    gateway: Front | None = None,
 ) -> None:
-    """Run Triton until SIGINT or SIGTERM. Raises as ``running`` does, also when it ends by itself later."""
+    """Run Triton, and the gateway before it, until SIGINT or SIGTERM.
+
+    Raises as ``running`` does, also when Triton ends by itself later, and ``ChildFailed`` when the gateway cannot live.
+    """
     stop = threading.Event()
     before = {s: signal.signal(s, lambda *_: stop.set()) for s in (signal.SIGINT, signal.SIGTERM)}
     server = running(
@@ -38,11 +58,13 @@ def serve_until_stopped(
         on_wait=lambda _: _leave_if(stop),
     )
     try:
-        with server as process, _remembered(endpoint):
+        with server as process, _fronted(gateway, repository, endpoint) as front, _remembered(endpoint):
             on_ready(endpoint)
             while not stop.wait(0.2):
                 if process.poll() is not None:
                     raise died(process.returncode, read_emitted(repository), log)
+                if front is not None and front.check() and gateway is not None:
+                    gateway.on_restart()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -62,6 +84,19 @@ def present_endpoint() -> str:
 def _leave_if(stop: threading.Event) -> None:
     if stop.is_set():
         raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def _fronted(front: Front | None, repository: Path, endpoint: Endpoint) -> Iterator[GatewayProcess | None]:
+    if front is None:
+        yield None
+        return
+    assets = repository.resolve() / "chat" / "1" / "assets"
+    process = GatewayProcess(front.bound, endpoint.grpc_url, assets, front.api_keys, front.log)
+    try:
+        yield process
+    finally:
+        process.stop()
 
 
 @contextlib.contextmanager

@@ -16,6 +16,18 @@ need() { # package, why
     fi
 }
 
+# The tests of the gateway's page drive a real browser; they are skipped where there is none.
+want_browser() {
+    for name in chromium chromium-browser google-chrome; do
+        ! command -v "$name" >/dev/null || return 0
+    done
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        { apt-get install -y --no-install-recommends chromium ||
+            { apt-get update && apt-get install -y --no-install-recommends chromium; }; } >/dev/null 2>&1 && return 0
+    fi
+    echo "There is no Chromium; the tests of the page are skipped. On Debian: apt-get install chromium" >&2
+}
+
 version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])') ||
     { echo "$python does not run; name a Python with: make PYTHON=python3.11 ..." >&2; exit 4; }
 case $version in
@@ -36,5 +48,6 @@ for folder in (sysconfig.get_config_var("LIBDIR") or "", sys.base_prefix + "/lib
 else:
     sys.exit(1)
 END
+case "$*" in *"[dev]"*) want_browser ;; esac
 [ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
 exec "$venv/bin/python" -m pip install --quiet --disable-pip-version-check "$@"

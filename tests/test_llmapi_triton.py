@@ -102,6 +102,17 @@ def post(endpoint, path, **fields):
     return status, [json.loads(line.removeprefix("data: ")) for line in body.splitlines() if line.strip()]
 
 
+def joined(responses):
+    """Deltas put together; which tokens leave together depends on the time. Values of one response as they are."""
+    whole: dict = {}
+    for response in responses:
+        for name, value in response.items():
+            if name in ("output_log_probs", "token_ids") and not isinstance(value, list):
+                value = [value]  # one number in JSON
+            whole[name] = whole.get(name, type(value)()) + value  # counts are on the last response only
+    return whole
+
+
 REQUESTS = [
     {"messages": MESSAGES, "temperature": 0.0},
     {"messages": MESSAGES},  # sampled, as the profile says for reasoning
@@ -116,15 +127,15 @@ REQUESTS = [
 
 @pytest.mark.parametrize("fields", REQUESTS, ids=lambda fields: "-".join(fields))
 def test_the_same_client_gets_the_same_streams(servers, fields):
-    """Response by response over gRPC, event by event over HTTP, and whole from the ensemble over both."""
-    streams = both(servers, lambda server: ask(server, **fields))
-    assert streams[0] == streams[1] and len(streams[0]) > 2
+    """The joined deltas over gRPC and HTTP, and whole from the ensemble over both."""
+    streams = both(servers, lambda server: joined(ask(server, **fields)))
+    assert streams[0] == streams[1]
     for path in ("chat/generate_stream", "ensemble/generate"):
         (status, cpu), (other, llm) = both(servers, lambda server, path=path: post(server, path, **fields))
         assert status == other == 200
         for event in (*cpu, *llm):
             del event["model_name"], event["model_version"]
-        assert cpu == llm
+        assert joined(cpu) == joined(llm)
     wholes = both(servers, lambda server: whole(server.grpc_url, fields, timeout_s=60))
     assert wholes[0] == wholes[1]
 
@@ -299,7 +310,7 @@ def test_a_running_request_is_stopped_by_its_id(servers):
     long = tensors([100], 3900, streaming=scalar(True, np.bool_))
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
         running_one = pool.submit(engine_request, server, "stop-me", **long)
-        time.sleep(1.0)
+        time.sleep(0.2)
         assert engine_request(server, "stop-me", **tensors([100], 1, stop=scalar(True, np.bool_))) == []
         assert 0 < sum(len(r["output_ids"][0][0]) for r in running_one.result(timeout=20)) < 3900
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
+from tokenizers import Tokenizer
 
 from nemobuild.config import reasoning_policy
 from nemobuild.runtime.fields import RequestError
@@ -34,7 +37,9 @@ def h(role: str) -> str:
     return f"<|start_header_id|>{role}<|end_header_id|>\n\n"
 
 
-def builder(template: str, policy: str) -> PromptBuilder:
+def builder(
+    template: str, policy: str, default_mode: str = "auto", tokenizer: Tokenizer | None = None
+) -> PromptBuilder:
     settings = Settings(
         model_name="test",
         vocab_size=265,
@@ -42,9 +47,10 @@ def builder(template: str, policy: str) -> PromptBuilder:
         end_token_ids=(EOT,),
         limits=Limits(4096, 4095, 64),
         reasoning=reasoning_policy(policy),
+        default_mode=default_mode,
         template_variables={"tool_notes": templates.TOOL_NOTES},
     )
-    return PromptBuilder(tiny_tokenizer(), settings, ChatTemplate(template))
+    return PromptBuilder(tokenizer or tiny_tokenizer(), settings, ChatTemplate(template))
 
 
 V15 = builder(templates.SUPER_V15, "nemotron-super-v1.5")
@@ -59,54 +65,55 @@ WEATHER_JSON = (
 NOW_JSON = '{"name": "now", "description": "Clock", "parameters": {"type": "object", "properties": {}}}'
 
 
-@pytest.mark.parametrize(
-    ("messages", "tools", "body"),
-    [
-        ([USER], None, TURN),
-        ([system(""), USER], None, TURN),
-        ([system("Be brief."), USER], None, f"Be brief.\n\n{TURN}"),
-        ([system("/no_think"), USER], None, f"\n\n{TURN}{OFF}"),
-        ([system("Be brief. /no_think"), USER], None, f"Be brief.\n\n{TURN}{OFF}"),
-        ([system("/no_think\nBe brief."), USER], None, f"Be brief.\n\n{TURN}{OFF}"),
-        ([system("/think"), USER], None, f"\n\n{TURN}"),
-        (
-            [
-                system("Be brief."),
-                USER,
-                {"role": "assistant", "content": "<think>\nA\n</think>\n\nHello"},
-                {"role": "user", "content": "Bye"},
-            ],
-            None,
-            f"Be brief.\n\n{TURN}Hello<|eot_id|>{h('user')}Bye<|eot_id|>{h('assistant')}",
-        ),
-        ([USER], [WEATHER], f"{TOOLS_OPEN}{WEATHER_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}{TURN}"),
-        (
-            [system("Be brief. /no_think"), USER],
-            [WEATHER, NOW],
-            f"Be brief.\n\n{TOOLS_OPEN}{WEATHER_JSON}, {NOW_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}{TURN}{OFF}",
-        ),
-        (
-            [
-                {"role": "user", "content": "Weather?"},
-                {
-                    "role": "assistant",
-                    "content": "",
-                    "tool_calls": [
-                        {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}},
-                        {"function": {"name": "now", "arguments": "{}"}},
-                    ],
-                },
-                {"role": "tool", "content": '{"t": 3}'},
-                {"role": "tool", "content": "12:00"},
-            ],
-            [WEATHER],
-            f"{TOOLS_OPEN}{WEATHER_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}<|eot_id|>{h('user')}Weather?<|eot_id|>"
-            f'{h("assistant")}<TOOLCALL>[{{"name": "get_weather", "arguments": {{"city": "Oslo"}}}}, '
-            f'{{"name": "now", "arguments": {{}}}}]</TOOLCALL><|eot_id|>{h("tool")}<TOOL_RESPONSE>[{{"t": 3}}, 12:00]'
-            f"</TOOL_RESPONSE><|eot_id|>{h('assistant')}",
-        ),
-    ],
-)
+# What follows the header of the system turn, by the letters of the reference.
+RENDERINGS = {
+    "A, no system": ([USER], None, TURN),
+    "A, empty system": ([system(""), USER], None, TURN),
+    "B": ([system("Be brief."), USER], None, f"Be brief.\n\n{TURN}"),
+    "C": ([system("/no_think"), USER], None, f"\n\n{TURN}{OFF}"),
+    "D, at the end": ([system("Be brief. /no_think"), USER], None, f"Be brief.\n\n{TURN}{OFF}"),
+    "D, at the beginning": ([system("/no_think\nBe brief."), USER], None, f"Be brief.\n\n{TURN}{OFF}"),
+    "E": ([system("/think"), USER], None, f"\n\n{TURN}"),
+    "F": (
+        [
+            system("Be brief."),
+            USER,
+            {"role": "assistant", "content": "<think>\nA\n</think>\n\nHello"},
+            {"role": "user", "content": "Bye"},
+        ],
+        None,
+        f"Be brief.\n\n{TURN}Hello<|eot_id|>{h('user')}Bye<|eot_id|>{h('assistant')}",
+    ),
+    "G": ([USER], [WEATHER], f"{TOOLS_OPEN}{WEATHER_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}{TURN}"),
+    "H": (
+        [system("Be brief. /no_think"), USER],
+        [WEATHER, NOW],
+        f"Be brief.\n\n{TOOLS_OPEN}{WEATHER_JSON}, {NOW_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}{TURN}{OFF}",
+    ),
+    "I": (
+        [
+            {"role": "user", "content": "Weather?"},
+            {
+                "role": "assistant",
+                "content": "",
+                "tool_calls": [
+                    {"function": {"name": "get_weather", "arguments": {"city": "Oslo"}}},
+                    {"function": {"name": "now", "arguments": "{}"}},
+                ],
+            },
+            {"role": "tool", "content": '{"t": 3}'},
+            {"role": "tool", "content": "12:00"},
+        ],
+        [WEATHER],
+        f"{TOOLS_OPEN}{WEATHER_JSON}]</AVAILABLE_TOOLS>{templates.TOOL_NOTES}<|eot_id|>{h('user')}Weather?<|eot_id|>"
+        f'{h("assistant")}<TOOLCALL>[{{"name": "get_weather", "arguments": {{"city": "Oslo"}}}}, '
+        f'{{"name": "now", "arguments": {{}}}}]</TOOLCALL><|eot_id|>{h("tool")}<TOOL_RESPONSE>[{{"t": 3}}, 12:00]'
+        f"</TOOL_RESPONSE><|eot_id|>{h('assistant')}",
+    ),
+}
+
+
+@pytest.mark.parametrize(("messages", "tools", "body"), RENDERINGS.values(), ids=RENDERINGS)
 def test_renderings_of_v15(messages, tools, body):
     prompt = V15.from_messages(messages, tools, "auto")
     assert prompt.text == f"<|begin_of_text|>{h('system')}{body}"
@@ -148,6 +155,21 @@ def test_a_directive_against_the_field_is_overruled():
 def test_v1_switches_by_system_text(words, mode, body):
     messages = [system(words), USER] if words else [USER]
     assert V1.from_messages(messages, None, mode).text == f"<|begin_of_text|>{h('system')}{body}{TURN}"
+
+
+@pytest.mark.parametrize(
+    ("template", "policy", "words", "kept"),
+    [
+        (templates.SUPER_V15, "nemotron-super-v1.5", "Be brief. /no_think", OFF),
+        (templates.SUPER_V15, "nemotron-super-v1.5", "Visit /thinking.", "/thinking."),
+        (templates.SUPER_V1, "nemotron-v1", "detailed thinking off", "detailed thinking off"),
+    ],
+)
+def test_a_default_mode_does_not_overrule_the_clients_own_words(template, policy, words, kept):
+    on = builder(template, policy, default_mode="on")
+    text = on.from_messages([system(words), USER], None, "auto").text
+    assert kept in text and "thinking on" not in text
+    assert kept not in on.from_messages([system("Be brief."), USER], None, "auto").text
 
 
 def test_how_the_prompt_ends_decides_what_is_looked_for():
@@ -213,3 +235,13 @@ def test_messages_are_repaired_by_rule():
     )
     assert [m["role"] for m in parsed] == ["system", "user", "assistant"]
     assert [m["content"] for m in parsed] == ["s", "a\nb", ""]
+
+
+def test_tool_results_are_put_in_the_order_of_their_calls():
+    calls = [{"id": i, "function": {"name": "f", "arguments": "{}"}} for i in ("one", "two", "three")]
+    results = [{"role": "tool", "tool_call_id": i, "content": i} for i in ("three", "one", "two")]
+    turn = [{"role": "assistant", "content": None, "tool_calls": calls}, *results]
+    parsed = parse_messages(json.dumps([USER, *turn, USER, *turn]))
+    assert [m["content"] for m in parsed] == ["Hi", "", "one", "two", "three"] * 2
+    without_ids = [{"role": "tool", "content": "b"}, {"role": "tool", "content": "a"}]
+    assert [m["content"] for m in parse_messages(json.dumps([turn[0], *without_ids]))] == ["", "b", "a"]

@@ -323,7 +323,7 @@ def test_the_key_and_resume_see_what_the_texts_became(tmp_path: Path) -> None:
             settings.write_text(text.replace("user: ", "USER: "))
     plans.append(prepare(open_snapshot(source), calibration=file))
     descriptions = [p.description or {} for p in plans]
-    assert [key for key in descriptions[0] if descriptions[0][key] != descriptions[1][key]] == ["token_ids"]
+    assert {key for key in descriptions[0] if descriptions[0][key] != descriptions[1][key]} == {"token_ids", "prompt"}
     assert plans[0].conversion.key != plans[1].conversion.key
     interrupt(plans[0], tmp_path / "out")
     with pytest.raises(UsageError, match="differs in calibration"):

@@ -26,6 +26,21 @@ SETTINGS = dataclasses.replace(
 )
 HI = json.dumps([{"role": "user", "content": "Hi"}])
 
+LONG = HI.replace("Hi", "x" * 120)
+CALL = "messages[0].tool_calls[0]"
+RESULTS = json.dumps(
+    [
+        {"role": "user", "content": "Hi"},
+        {
+            "role": "assistant",
+            "content": None,
+            "tool_calls": [{"id": i, "function": {"name": "f"}} for i in ("one", "two")],
+        },
+        {"role": "tool", "tool_call_id": "two", "content": "2"},
+        {"role": "tool", "tool_call_id": "one", "content": "1"},
+    ]
+)
+
 
 def parse(**values):
     return parse_request(values, SETTINGS, V15)
@@ -67,7 +82,11 @@ def parse(**values):
         ({"text_input": "a", "tools": "[]"}, "tools"),
         ({"messages": HI, "reasoning_mode": "maybe"}, "reasoning_mode"),
         ({"text_input": "a", "reasoning_mode": "off"}, "reasoning_mode"),
-        ({"messages": HI, "max_thinking_tokens": 5}, "max_thinking_tokens"),
+        ({"messages": HI, "max_thinking_tokens": -1}, "max_thinking_tokens"),
+        ({"text_input": "x" * 120, "max_thinking_tokens": 100, "max_tokens": 100}, "max_thinking_tokens"),
+        ({"messages": LONG, "max_thinking_tokens": 100, "max_tokens": 100}, "max_thinking_tokens"),
+        ({"messages": '[{"role": "assistant", "tool_calls": [{"id": 1, "function": {"name": "f"}}]}]'}, CALL + ".id"),
+        ({"messages": RESULTS.replace("one", "other", 1)}, "messages[3].tool_call_id"),
         ({"text_input": "a", "max_tokens": -1}, "max_tokens"),
         ({"text_input": "a", "max_tokens": 0}, "max_tokens"),
         ({"text_input": "a", "max_tokens": 300}, "max_tokens"),
@@ -113,6 +132,26 @@ def test_parameters_fill_fields_and_tensors_win():
 def test_tools_need_a_template_that_has_them():
     with pytest.raises(RequestError, match="tools"):
         parse_request({"messages": HI, "tools": '[{"name": "f"}]'}, PLAIN._settings, PLAIN)
+
+
+def test_a_thinking_budget_fits_prompt_and_model():
+    assert parse(messages=HI).max_thinking_tokens is None
+    assert parse(messages=HI, max_thinking_tokens=20).max_thinking_tokens == 20
+    assert parse(messages=HI, max_thinking_tokens=10**6, max_tokens=20).max_thinking_tokens == 10**6
+    off = parse(messages=LONG, max_thinking_tokens=100, max_tokens=100, reasoning_mode="off")
+    assert off.max_thinking_tokens == 100
+    with pytest.raises(RequestError, match="max_thinking_tokens: this model has no reasoning"):
+        parse_request({"text_input": "a", "max_thinking_tokens": 1}, PLAIN._settings, PLAIN)
+
+
+def test_a_generation_goes_on_from_what_it_has():
+    request = parse(text_input="abc", max_tokens=10, min_tokens=4)
+    first, then = (generation_tensors(request, tiny_tokenizer(), ids) for ids in ((), (7, 8, 9)))
+    assert then["input_ids"][0].tolist() == [*first["input_ids"][0].tolist(), 7, 8, 9]
+    assert then["input_lengths"] == 6 and then["request_output_len"] == 7 and then["min_tokens"] == 1
+    same = set(first) - {"input_ids", "input_lengths", "request_output_len", "min_tokens"}
+    assert all(np.array_equal(first[name], then[name]) for name in same)
+    assert generation_tensors(request, tiny_tokenizer(), range(8))["min_tokens"] == 0
 
 
 def test_engine_tensors_meet_the_contract():

@@ -98,6 +98,9 @@ def test_one_rank_needs_no_mpi():
         assert line[:2] == ["tritonserver", "--model-repository=/r"]
         assert "--disable-auto-complete-config" in line and "--http-address=127.0.0.1" in line
         assert "--grpc-port=8001" in line
+        for option in ("--http-restricted-api", "--grpc-restricted-protocol"):
+            (value,) = (word.partition("=")[2] for word in line if word.startswith(option))
+            assert value.split(":")[0] == "shared-memory,model-repository,trace,logging"
 
 
 def test_each_rank_of_an_engine_is_a_server_and_only_the_first_has_the_text_models():
@@ -125,7 +128,8 @@ def test_the_container_gets_what_it_needs_and_no_more(tmp_path):
     assert before[:2] == ["docker", "run"] and "--rm" in before
     assert "--publish 127.0.0.1:8001:8001" in text and "0.0.0.0" not in text
     assert f"type=bind,source={tmp_path},target={tmp_path},readonly" in text
-    assert f"--workdir {tmp_path}" in text and f"--user {os.getuid()}:{os.getgid()}" in text
+    assert f"--workdir {tmp_path}" in text
+    assert f"--user {'65534:65534' if os.getuid() == 0 else f'{os.getuid()}:{os.getgid()}'}" in text
     assert "memlock=-1" in text and f"--shm-size {2 << 30}" in text and "device=0,1" in text
     assert "--grpc-address=0.0.0.0" in after  # inside, where nothing but the published ports leads
     assert [word.replace("0.0.0.0", "127.0.0.1") for word in after] == within

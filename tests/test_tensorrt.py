@@ -418,6 +418,7 @@ def test_the_docker_line():
     assert "source=/w/engine,target=/w/engine " in text
     assert text.endswith("nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3 trtllm-build --workers 1")
     assert f"--user {os.getuid()}:{os.getgid()}" in text
+    assert "--cap-drop ALL --security-opt no-new-privileges" in text
     served = " ".join(docker_run(load_toolchain("26.07"), ["x"], [], gpus=(0,), name="n", ports=(("127.0.0.1", 8000),)))
     assert "--publish 127.0.0.1:8000:8000" in served and "--network" not in served
 

@@ -71,18 +71,23 @@ def output_tensor(name, value):
     return pb_utils.Tensor(name, np.array([items], dtype=_NUMPY[field.type]))
 
 
-def output_array(response, name):
-    """Output ``name`` of a response as an array, or ``None`` if the engine did not send it."""
-    for tensor in response.output_tensors():
-        if tensor.name() == name:
-            return tensor.as_numpy()
-    return None
+class Busy(Exception):
+    """All places are taken; the same request may pass later."""
+
+
+class TooLate(Exception):
+    """The request's deadline passed."""
+
+
+# Kind of error -> name of Triton's code; the codes themselves are not there yet while modules load.
+_CODES = {RequestError: "INVALID_ARG", Busy: "UNAVAILABLE", TooLate: "UNAVAILABLE"}
 
 
 def refusal(error):
-    """A response that tells the client what is wrong: its own fault for a ``RequestError``, ours otherwise."""
-    if isinstance(error, RequestError):
-        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), pb_utils.TritonError.INVALID_ARG))
+    """A response that tells the client what is wrong: its own fault, no place or time for it, or else our failure."""
+    if type(error) in _CODES:
+        code = getattr(pb_utils.TritonError, _CODES[type(error)])
+        return pb_utils.InferenceResponse(error=pb_utils.TritonError(str(error), code))
     pb_utils.Logger.log_error(f"{type(error).__name__}: {error}")
     return pb_utils.InferenceResponse(error=pb_utils.TritonError(f"internal error: {error}"))
 

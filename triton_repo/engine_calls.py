@@ -2,87 +2,121 @@
 
 import contextlib
 import threading
+import time
+import uuid
 from collections import deque
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
 ENGINE = "tensorrt_llm"
-OUTPUTS = ["output_ids", "sequence_length", "output_log_probs"]
-
+_ONE = np.ones((1, 1), np.int32)
+_STOP = {"input_ids": _ONE, "input_lengths": _ONE, "request_output_len": _ONE, "stop": np.ones((1, 1), np.bool_)}
+# What engines say when they take no more: those in Python, and Triton's own queue in front of the C++ backend.
+_BUSY = ("the engine is busy", "maximum queue size")
 
 # Triton drops its own reference to a finished iterator in a thread that does not hold Python's lock. Were that the
-# last one, the interpreter would crash (seen on Python 3.12), so ours outlive it.
-_FINISHED = deque(maxlen=1024)
+# last one, the interpreter would crash (seen on Python 3.12), so ours outlive it. Not by much: an iterator holds all
+# of its responses, in shared memory.
+_OUTLIVED_S = 5.0
+_FINISHED = deque()
 
 
 class EngineError(RuntimeError):
-    """The engine refused or failed; the text is the engine's own."""
+    """The engine failed; the text is the engine's own."""
+
+
+class EngineBusy(EngineError):
+    """The engine takes no more requests at present."""
 
 
 class Call:
-    """One running generation. ``cancelled`` turns true when its client went away."""
+    """The generations of one request, one after another. ``cancelled``: its client went away. ``expired``: too late."""
 
-    def __init__(self, request_id):
-        self.request_id = request_id
-        self.cancelled = False
-        self._stopping = False
+    def __init__(self, sender, deadline):
+        self.sender, self.deadline = sender, deadline
+        self.cancelled = self.expired = False
+        self._running = self._stopped = None
 
-    def responses(self, arrays):
-        """Engine responses with tensors, in order. ``arrays``: name -> array with its batch axis."""
-        for response in self._run(arrays):
-            if response.has_error():
-                raise EngineError(response.error().message())
-            if response.output_tensors():
-                yield response
+    @property
+    def over(self):
+        """Nobody waits for more."""
+        return self.cancelled or self.expired
+
+    def responses(self, arrays, outputs):
+        """Output tensors of each engine response, in order. ``arrays``: name -> array with its batch axis."""
+        self._running = uuid.uuid4().hex
+        iterator = _exec(self._running, arrays, outputs)
+        try:
+            for response in iterator:
+                tensors = response.output_tensors()
+                if tensors:
+                    yield tensors
+                elif response.has_error():
+                    raise _explained(response.error().message())
+        finally:
+            _outlive(iterator)
 
     def stop(self):
-        """End the generation early; the engine then sends its last response as usual."""
-        if self._stopping:
+        """End the present generation early, once; the engine then sends its last response as usual."""
+        running = self._running
+        if running in (None, self._stopped):
             return
-        self._stopping = True
-        one = np.ones((1, 1), np.int32)
-        arrays = {"input_ids": one, "input_lengths": one, "request_output_len": one, "stop": np.ones((1, 1), np.bool_)}
-        for _ in self._run(arrays):
+        self._stopped = running
+        iterator = _exec(running, _STOP, ["output_ids"])
+        for _ in iterator:
             pass
+        _outlive(iterator)
 
-    def _run(self, arrays):
-        request = pb_utils.InferenceRequest(
-            model_name=ENGINE,
-            request_id=self.request_id,
-            requested_output_names=OUTPUTS,
-            inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
-        )
-        iterator = request.exec(decoupled=True)
-        _FINISHED.append(iterator)
-        return iterator
+
+def _exec(request_id, arrays, outputs):
+    request = pb_utils.InferenceRequest(
+        model_name=ENGINE,
+        request_id=request_id,
+        requested_output_names=outputs,
+        inputs=[pb_utils.Tensor(name, array) for name, array in arrays.items()],
+    )
+    return request.exec(decoupled=True)
+
+
+def _outlive(iterator):
+    now = time.monotonic()
+    _FINISHED.append((now, iterator))
+    with contextlib.suppress(IndexError):  # another thread was faster
+        while _FINISHED[0][0] < now - _OUTLIVED_S:
+            _FINISHED.popleft()
+
+
+def _explained(message):
+    return EngineBusy(message) if any(words in message for words in _BUSY) else EngineError(message)
 
 
 class ClientWatch:
-    """Looks for clients that went away, and stops what still runs for them.
+    """Looks for clients that went away and for deadlines that passed, and stops what still runs for them.
 
     A step waits inside the engine's iterator and cannot look for itself; one thread looks for all. It never asks
     about a sender that may have sent its last response: Triton frees that sender, and asking would crash the server.
     """
 
-    def __init__(self, period_s=0.05):
+    def __init__(self, period_s=0.2):
         self._period_s = period_s
-        self._calls = {}
+        self._calls = set()
         self._asking = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._run, name="client-watch", daemon=True)
         self._thread.start()
 
     @contextlib.contextmanager
-    def call(self, sender, request_id):
-        """A ``Call`` that is stopped if ``sender``'s client goes away."""
-        call = Call(request_id)
-        self._calls[request_id] = (call, sender)
+    def call(self, sender, deadline=None):
+        """A ``Call`` that is stopped if ``sender``'s client goes away, or at ``deadline`` (``time.monotonic``)."""
+        call = Call(sender, deadline)
+        with self._asking:
+            self._calls.add(call)
         try:
             yield call
         finally:
             with self._asking:
-                del self._calls[request_id]
+                self._calls.discard(call)
 
     def close(self):
         """Before the interpreter ends: afterwards Triton's memory is gone, and with it what these would touch."""
@@ -92,19 +126,19 @@ class ClientWatch:
 
     def _run(self):
         while not self._closed.wait(self._period_s):
-            for request_id in list(self._calls):
-                call = self._find_left(request_id)
-                if call is not None:
-                    try:
-                        call.stop()
-                    except Exception as error:
-                        pb_utils.Logger.log_error(f"cannot stop {request_id}: {error}")
+            with self._asking:
+                calls = list(self._calls)
+            for call in calls:
+                try:
+                    self._look(call)
+                except Exception as error:
+                    pb_utils.Logger.log_error(f"cannot stop a generation: {error}")
 
-    def _find_left(self, request_id):
-        """The call of that id, if its client has just been found to be gone."""
+    def _look(self, call):
         with self._asking:
-            call, sender = self._calls.get(request_id, (None, None))
-            if call is None or call.cancelled or not sender.is_cancelled():
-                return None
-            call.cancelled = True
-            return call
+            if call not in self._calls:
+                return
+            call.expired = call.expired or (call.deadline is not None and time.monotonic() > call.deadline)
+            call.cancelled = call.cancelled or call.sender.is_cancelled()
+        if call.over:  # asked each time: a further generation may have begun just before
+            call.stop()

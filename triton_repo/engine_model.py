@@ -12,11 +12,11 @@ import uuid
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .lib.engine.request import Generation, RequestError
+from .lib.engine.request import Generation, QueueFull, RequestError
 from .lib.runtime.wire import unpack_words
 
 FINAL = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-CLIENT_CHECK_PERIOD_S = 0.05
+CLIENT_CHECK_PERIOD_S = 0.2
 
 # Input tensor -> argument of ``Generation``.
 _ARGUMENTS = {
@@ -55,6 +55,8 @@ class EngineModel:
             sender = request.get_response_sender()
             try:
                 self._start(request, sender)
+            except QueueFull as error:
+                sender.send(_error(error.what, pb_utils.TritonError.UNAVAILABLE), flags=FINAL)
             except RequestError as error:
                 sender.send(_error(error.what, pb_utils.TritonError.INVALID_ARG), flags=FINAL)
             except Exception as error:
@@ -120,23 +122,27 @@ class _Stream:
         if chunk.finished:
             with self.lock:
                 self.running.discard(self)
-            failed = chunk.finish_reason == "error"
-            self.sender.send(
-                _error(chunk.error, pb_utils.TritonError.INTERNAL) if failed else self._response(), flags=FINAL
-            )
+            if chunk.finish_reason == "error":
+                # Apart from the end: Triton loses an error in the middle of a stream on its way to another model, and
+                # with it that this was the last response.
+                self.sender.send(_error(chunk.error, pb_utils.TritonError.INTERNAL))
+                self.sender.send(flags=FINAL)
+            else:
+                self.sender.send(self._response(), flags=FINAL)
         elif self.streaming:
             self.sender.send(self._response())
 
     def _response(self):
         tokens, log_probs, self.tokens, self.log_probs = self.tokens, self.log_probs, [], []
-        arrays = {
-            "output_ids": np.array([[tokens]], np.int32),
-            "sequence_length": np.array([[len(tokens)]], np.int32),
-            "cum_log_probs": np.array([[self.total]], np.float32),
-            "output_log_probs": np.array([[log_probs]], np.float32),
+        values = {
+            "output_ids": ([[tokens]], np.int32),
+            "sequence_length": ([[len(tokens)]], np.int32),
+            "cum_log_probs": ([[self.total]], np.float32),
+            "output_log_probs": ([[log_probs]], np.float32),
         }
         # Only what was asked for: Triton drops the rest without holding Python's lock, which crashes the interpreter.
-        return pb_utils.InferenceResponse([pb_utils.Tensor(n, a) for n, a in arrays.items() if n in self.names])
+        wanted = {name: np.array(*values[name]) for name in values if name in self.names}
+        return pb_utils.InferenceResponse([pb_utils.Tensor(name, array) for name, array in wanted.items()])
 
 
 def _generation(arrays):

@@ -7,12 +7,14 @@ from typing import Annotated
 import typer
 
 from nemobuild import __version__
+from nemobuild.cli.bench import bench
 from nemobuild.cli.build import build
 from nemobuild.cli.chat import chat
 from nemobuild.cli.convert import convert
 from nemobuild.cli.doctor import doctor
 from nemobuild.cli.fetch import fetch
 from nemobuild.cli.inspect import inspect
+from nemobuild.cli.key import key
 from nemobuild.cli.plan import plan
 from nemobuild.cli.profiles import profiles
 from nemobuild.cli.repo import repo
@@ -43,6 +45,6 @@ def _root(
     pass
 
 
-for command in (profiles, inspect, plan, fetch, convert, verify, build, serve, chat, doctor):
+for command in (profiles, inspect, plan, fetch, convert, verify, build, serve, key, chat, bench, doctor):
     app.command()(command)
 app.add_typer(repo, name="repo")

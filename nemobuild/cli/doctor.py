@@ -15,17 +15,23 @@ def doctor(
     profile: Annotated[
         str | None, typer.Argument(help="Profile to judge the machine by; without one: for serving at all.")
     ] = None,
+    exposed: Annotated[
+        bool, typer.Option("--exposed", help="Only this: ask every listening port what a stranger could do there.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Check driver, GPUs, memory, disk, shared memory, versions, containers and ports; all of them, always.
 
     Exit status: 4 when something is missing or of the wrong kind, else 3 when something is too small, else 0.
     """
-    from nemobuild.doctor.report import examine
+    from nemobuild.doctor.report import examine, examine_exposure
     from nemobuild.places import load_plan, place
 
-    plan = None if profile is None else load_plan(profile)
-    report = examine(plan, Path("build") if profile is None else place(profile, "engine").parent)
+    if exposed:
+        report = examine_exposure()
+    else:
+        plan = None if profile is None else load_plan(profile)
+        report = examine(plan, Path("build") if profile is None else place(profile, "engine").parent)
     rows: list[tuple[str, str, str]] = []
     for finding in report.findings:
         rows.append((finding.level, finding.check, finding.what))

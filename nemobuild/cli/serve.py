@@ -31,12 +31,24 @@ def serve(
             "default: this machine's if it can.",
         ),
     ] = None,
+    openai: Annotated[bool, typer.Option("--openai", help="Also serve OpenAI's API and a page to talk on.")] = False,
+    openai_host: Annotated[
+        str | None, typer.Option(help="Address of the gateway; default: 127.0.0.1. Others need --api-keys.")
+    ] = None,
+    openai_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8080, or a free one.")] = None,
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of hashed keys, made by `nemobuild key`; the gateway then asks for one.")
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
     json: Json = False,
 ) -> None:
-    """Serve a repository with Triton over gRPC and HTTP, until Ctrl-C."""
+    """Serve a repository with Triton over gRPC and HTTP, and as OpenAI's API, until Ctrl-C."""
+    from contextlib import ExitStack
+
+    from nemobuild.errors import UsageError
+    from nemobuild.gateway.process import listening
     from nemobuild.places import is_profile, place
-    from nemobuild.serving import serve_until_stopped
+    from nemobuild.serving import Front, serve_until_stopped
     from nemobuild.triton.launch import Endpoint, Launch
     from nemobuild.triton.server import choose_endpoint
 
@@ -48,19 +60,42 @@ def serve(
         if not json:
             output.hint(f"starting Triton, log in {log}\n{shlex.join(launch.command)}")
 
-    def show_ready(ready: Endpoint) -> None:
-        value = {"http": ready.http_url, "grpc": ready.grpc_url, "metrics_port": ready.metrics_port, "log": str(log)}
-        text = f'ready  gRPC {ready.grpc_url}  HTTP {ready.http_url}\ntry    nemobuild chat "Hello"\nstop   Ctrl-C'
-        output.result(value, text, as_json=json)
-        output.piece("")
+    for name, value in (("host", openai_host), ("port", openai_port)):
+        if value is not None and not openai:
+            raise UsageError("needs-openai", f"--openai-{name} needs --openai.")
+    if api_keys is not None and not openai:
+        raise UsageError("needs-openai", "--api-keys needs --openai.", why="Triton itself asks for no key.")
 
-    serve_until_stopped(
-        repository,
-        endpoint,
-        log,
-        where="auto" if container is None else "container" if container else "local",
-        ready_timeout_s=timeout_s,
-        on_start=show_start,
-        on_ready=show_ready,
-    )
+    with ExitStack() as opened:
+        front: Front | None = None
+        if openai:
+            bound = opened.enter_context(listening(openai_host or "127.0.0.1", openai_port, api_keys))
+            gateway_log = log.with_name(f"{repository.resolve().name}.gateway.log")
+            front = Front(bound, api_keys, gateway_log, lambda: output.hint("the gateway had ended; started it again"))
+
+        def show_ready(ready: Endpoint) -> None:
+            value = {
+                "http": ready.http_url,
+                "grpc": ready.grpc_url,
+                "metrics_port": ready.metrics_port,
+                "log": str(log),
+            }
+            lines = [f"ready  gRPC {ready.grpc_url}  HTTP {ready.http_url}"]
+            if front is not None:
+                value |= {"openai": f"{front.url}/v1", "gateway_log": str(front.log)}
+                lines.append(f"OpenAI {front.url}/v1  page {front.url}/")
+            lines += ['try    nemobuild chat "Hello"', "stop   Ctrl-C"]
+            output.result(value, "\n".join(lines), as_json=json)
+            output.piece("")
+
+        serve_until_stopped(
+            repository,
+            endpoint,
+            log,
+            where="auto" if container is None else "container" if container else "local",
+            ready_timeout_s=timeout_s,
+            on_start=show_start,
+            on_ready=show_ready,
+            gateway=front,
+        )
     output.hint("stopped")

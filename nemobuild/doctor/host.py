@@ -112,6 +112,6 @@ def check_ports(listening: Sequence[Listener]) -> Iterator[Finding]:
                 "ports",
                 "warning",
                 f"Port {listener.port} listens on {listener.address}: other machines can reach it.",
-                "Triton has no authentication; whoever reaches it may use the model, and its control interface.",
-                "Serve on 127.0.0.1 (the default of `nemobuild serve`), behind a gateway.",
+                "Triton has no authentication; whoever reaches it may use the model.",
+                "`nemobuild doctor --exposed` says what else. Serve on 127.0.0.1, behind a gateway.",
             )

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from nemobuild.doctor.exposure import check_exposure
 from nemobuild.doctor.findings import Finding, failed
 from nemobuild.doctor.gpus import check_driver, check_gpus
 from nemobuild.doctor.host import check_disk, check_memory, check_ports, check_shm
@@ -57,6 +58,11 @@ def examine(plan: Plan | None = None, folder: Path = Path("build")) -> Report:
         "ports": lambda: check_ports(listeners()),
     }
     return Report(tuple(finding for name, check in checks.items() for finding in _guarded(name, check)))
+
+
+def examine_exposure() -> Report:
+    """What a stranger could reach: every listening port, asked what it is."""
+    return Report(tuple(_guarded("exposure", lambda: check_exposure(listeners()))))
 
 
 def _guarded(name: str, check: Callable[[], Iterable[Finding]]) -> Iterator[Finding]:

@@ -20,6 +20,7 @@ from nemobuild.plan.toolchain import Toolchain
 SHM_BYTES = 2 << 30
 # Triton copies the body of a request to the stack.
 _STACK_BYTES = 256 << 20
+_NOBODY = "65534:65534"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +65,8 @@ def docker_run(
     line = ["docker", "run", "--rm", "--init", "--name", name]
     line += ["--gpus", f'"device={devices}"', "--shm-size", str(shm_bytes)]
     line += ["--ulimit", "memlock=-1", "--ulimit", f"stack={_STACK_BYTES}"]
-    line += ["--user", f"{os.getuid()}:{os.getgid()}", "--env", "HOME=/tmp"]
+    line += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
+    line += ["--user", _user(mounts), "--env", "HOME=/tmp"]
     line += ["--workdir", str(workdir.absolute() if workdir else "/tmp")]
     if container_id is not None:
         line += ["--cidfile", str(container_id)]
@@ -76,3 +78,10 @@ def docker_run(
         mode = "" if mount.writable else ",readonly"
         line += ["--mount", f"type=bind,source={mount.path.absolute()},target={mount.path.absolute()}{mode}"]
     return [*line, toolchain.image, *argv]
+
+
+def _user(mounts: Sequence[Mount]) -> str:
+    """Ours, whose files are written; root only where it must write, and nobody where it would only read."""
+    if os.getuid() == 0 and not any(mount.writable for mount in mounts):
+        return _NOBODY
+    return f"{os.getuid()}:{os.getgid()}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -11,14 +11,18 @@ from .request import Request
 from .wire import Array, pack_words
 
 
-def generation_tensors(request: Request, tokenizer: Tokenizer) -> dict[str, Array]:
-    """Tensors for one request by name, each with the batch axis in front: scalars (1, 1), ids (1, n)."""
+def generation_tensors(request: Request, tokenizer: Tokenizer, generated: Sequence[int] = ()) -> dict[str, Array]:
+    """Tensors for one request by name, each with the batch axis in front: scalars (1, 1), ids (1, n).
+
+    ``generated``: what the answer has already, when the generation goes on from there.
+    """
+    ids = [*request.prompt.ids, *generated]
     scalars = {
-        "input_lengths": np.int32(len(request.prompt.ids)),
-        "request_output_len": np.int32(request.max_tokens),
+        "input_lengths": np.int32(len(ids)),
+        "request_output_len": np.int32(request.max_tokens - len(generated)),
         "end_id": np.int32(request.end_ids[0] if request.end_ids else -1),
         "pad_id": np.int32(request.end_ids[0] if request.end_ids else 0),
-        "min_tokens": np.int32(request.min_tokens),
+        "min_tokens": np.int32(max(0, request.min_tokens - len(generated))),
         "temperature": np.float32(request.temperature),
         "runtime_top_k": np.int32(1 if request.temperature == 0 else request.top_k),
         "runtime_top_p": np.float32(request.top_p),
@@ -34,7 +38,7 @@ def generation_tensors(request: Request, tokenizer: Tokenizer) -> dict[str, Arra
     stops = [[end] for end in request.end_ids[1:]] + _encode_all(tokenizer, request.stop_words)
     spaced = (word for bad in request.bad_words for word in (bad, f" {bad}"))
     tensors = {name: np.array([[value]]) for name, value in scalars.items()}
-    tensors["input_ids"] = np.array([request.prompt.ids], dtype=np.int32)
+    tensors["input_ids"] = np.array([ids], dtype=np.int32)
     tensors["stop_words_list"] = pack_words(stops)[None]
     tensors["bad_words_list"] = pack_words(_encode_all(tokenizer, spaced))[None]
     return tensors

@@ -38,7 +38,14 @@ INPUTS: tuple[Field, ...] = (
     Field("messages", "STRING", "JSON list of OpenAI-style messages, rendered by the model's own template"),
     Field("tools", "STRING", "JSON list of OpenAI-style function tools; needs messages"),
     Field("reasoning_mode", "STRING", "on, off or auto (the profile's default); needs messages", as_parameter=True),
-    Field("max_thinking_tokens", "INT32", "bound on the reasoning part", low=0, as_parameter=True),
+    Field(
+        "max_thinking_tokens",
+        "INT32",
+        "chat: reasoning ends soon after so many tokens",
+        low=0,
+        as_parameter=True,
+    ),
+    Field("timeout_ms", "INT32", "chat: an answer that is not whole in time is given up", low=1, as_parameter=True),
     Field("max_tokens", "INT32", "bound on all generated tokens", low=1),
     Field("min_tokens", "INT32", "no end token before this many tokens", low=0),
     Field("top_k", "INT32", "sample from the k likeliest tokens; 0 is off, 1 is greedy", low=0),
@@ -63,13 +70,15 @@ INPUTS: tuple[Field, ...] = (
 OUTPUTS: tuple[Field, ...] = (
     Field("text_output", "STRING", "the answer; a delta when streaming"),
     Field("reasoning_output", "STRING", "the reasoning before the answer; a delta when streaming"),
-    Field("tool_calls", "STRING", "JSON list of {name, arguments}"),
+    Field("tool_calls", "STRING", "JSON list of {name, arguments}; streamed: of pieces {index, id, name, arguments}"),
+    Field("unparsed_tool_call", "BOOL", "text_output holds a tool call that cannot be read; on the last response"),
     Field("finish_reason", "STRING", "stop, length, tool_calls or cancelled; on the last response"),
     Field("prompt_tokens", "INT32", "on the last response"),
     Field("reasoning_tokens", "INT32", "on the last response"),
     Field("completion_tokens", "INT32", "all generated tokens, reasoning included; on the last response"),
     Field("cum_log_probs", "FP32", "sum of log-probabilities, if asked for; on the last response"),
     Field("output_log_probs", "FP32", "log-probability of each generated token, if asked for", is_list=True),
+    Field("token_ids", "INT32", "id of each of those tokens, if log-probabilities are asked for", is_list=True),
 )
 
 BY_NAME = {field.name: field for field in INPUTS}

@@ -1,14 +1,16 @@
 """Check OpenAI-style messages and tools, and bring them into the one form that chat templates expect.
 
 Repaired by rule: ``content: null`` of an assistant becomes the empty string, a list of text parts becomes their text
-joined by newlines, ``developer`` is another name of ``system``, and past ``reasoning_content`` is left out, as the
-templates of the family leave out past reasoning. Everything else that a template would drop or print in
+joined by newlines, ``developer`` is another name of ``system``, past ``reasoning_content`` is left out, as the
+templates of the family leave out past reasoning, and tool results are put in the order of their calls, since the
+templates render no ids. Everything else that a template would drop or print in
 raw form is refused by name.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from .fields import RequestError
@@ -17,6 +19,7 @@ ROLES = ("system", "user", "assistant", "tool")
 _ALIASES = {"developer": "system"}
 _KEYS = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content"})
 MAX_DEPTH = 64
+_HALF_CHARACTER = re.compile("[\ud800-\udfff]")
 
 
 def parse_messages(text: str) -> list[dict[str, Any]]:
@@ -24,7 +27,11 @@ def parse_messages(text: str) -> list[dict[str, Any]]:
     entries = _parse_list("messages", text)
     if not entries:
         raise RequestError("messages", "the list is empty")
-    return [_message(f"messages[{i}]", entry, first=i == 0) for i, entry in enumerate(entries)]
+    messages = [_message(f"messages[{i}]", entry, first=i == 0) for i, entry in enumerate(entries)]
+    for i, message in enumerate(messages):
+        if message.get("tool_calls"):
+            _order_results(messages, i)
+    return messages
 
 
 def parse_tools(text: str) -> list[dict[str, Any]]:
@@ -91,7 +98,24 @@ def _tool_calls(where: str, calls: Any) -> list[dict[str, Any]]:
             raise RequestError(f"{where}[{i}].function", "an object with a name and arguments is needed")
         if not isinstance(function.get("arguments", {}), (str, dict)):
             raise RequestError(f"{where}[{i}].function.arguments", "an object or JSON text is needed")
+        if not isinstance(call.get("id", ""), (str, type(None))):
+            raise RequestError(f"{where}[{i}].id", "a string is needed")
     return calls
+
+
+def _order_results(messages: list[dict[str, Any]], at: int) -> None:
+    """Sort the tool messages after the calls of message ``at`` by the ids of the calls, where ids are given."""
+    order = {call["id"]: place for place, call in enumerate(messages[at]["tool_calls"]) if call.get("id") is not None}
+    end = at + 1
+    while end < len(messages) and messages[end]["role"] == "tool":
+        end += 1
+    results = messages[at + 1 : end]
+    if not order or not all("tool_call_id" in result for result in results):
+        return
+    for i, result in enumerate(results, at + 1):
+        if result["tool_call_id"] not in order:
+            raise RequestError(f"messages[{i}].tool_call_id", f"no call of messages[{at}] has this id")
+    messages[at + 1 : end] = sorted(results, key=lambda result: order[result["tool_call_id"]])
 
 
 def _parse_list(field: str, text: str) -> list[Any]:
@@ -108,7 +132,7 @@ def _parse_list(field: str, text: str) -> list[Any]:
 def _check_plain(field: str, value: Any, depth: int) -> None:
     """Refuse what a template or a tokenizer cannot take: half characters, and nesting without end."""
     if isinstance(value, str):
-        if any("\ud800" <= letter <= "\udfff" for letter in value):
+        if _HALF_CHARACTER.search(value):
             raise RequestError(field, "it holds half of a surrogate pair, which is not a character")
     elif isinstance(value, (list, dict)):
         if depth == 0:

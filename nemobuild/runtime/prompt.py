@@ -16,7 +16,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from .fields import RequestError
-from .settings import Settings
+from .settings import ReasoningPolicy, Settings
 from .splitter import ANSWER, MAYBE, REASONING
 from .template import ChatTemplate
 
@@ -57,7 +57,7 @@ class PromptBuilder:
         """A raw prompt, control tokens included. One BOS: the tokenizer's own, unless the text begins with it."""
         if mode != "auto":
             raise RequestError("reasoning_mode", "it works on messages; a raw text_input is used as it is")
-        ids = self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids = _encode(self._tokenizer, text)
         if self._adds_bos and self._bos_id is not None and ids[:1] != [self._bos_id]:
             ids = [self._bos_id, *ids]
         return self._finished(text, ids, mode)
@@ -66,8 +66,10 @@ class PromptBuilder:
         """Messages through the model's template. Raises ``RequestError`` naming the field."""
         if self._template is None:
             raise RequestError("messages", "this model has no chat template; send text_input")
-        mode = self._settings.default_mode if mode == "auto" else mode
-        messages = self._switch(_map_strings(messages, self._protect), mode)
+        messages = _map_strings(messages, self._protect)
+        if mode == "auto" and not _says_mode(messages[0], self._settings.reasoning):
+            mode = self._settings.default_mode
+        messages = self._switch(messages, mode)
         try:
             rendered = self._template.render(
                 messages,
@@ -115,7 +117,7 @@ class PromptBuilder:
         for i, piece in enumerate(re.split(f"{_LITERAL_BEGIN}(.*?){_LITERAL_END}", rendered, flags=re.DOTALL)):
             if piece:
                 tokenizer = self._plain if i % 2 else self._tokenizer
-                ids += tokenizer.encode(_MARKS.sub("", piece), add_special_tokens=False).ids
+                ids += _encode(tokenizer, _MARKS.sub("", piece))
         return ids
 
     def _finished(self, text: str, ids: list[int], mode: str) -> Prompt:
@@ -132,10 +134,28 @@ class PromptBuilder:
         return Prompt(ids, text, start, "off" if start == ANSWER else "on")
 
 
+def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Ids without BOS. As a batch of one: unlike ``encode``, that lets other threads run meanwhile."""
+    return list(tokenizer.encode_batch([text], add_special_tokens=False)[0].ids)
+
+
+def _says_mode(message: dict[str, Any], policy: ReasoningPolicy) -> bool:
+    """Does a first message choose the mode in the model's own words? Then no default replaces them."""
+    if message["role"] != "system" or policy.switch == "none":
+        return False
+    words: str = message["content"]
+    if policy.switch == "directive":
+        return _alone((policy.off, policy.on)).search(words) is not None
+    return _without_line(words, (policy.on, policy.off)) != words
+
+
+def _alone(directives: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(rf"(?<!\S)(?:{'|'.join(map(re.escape, directives))})(?!\S)")
+
+
 def _shield(words: str, directives: tuple[str, ...]) -> str:
     """``words`` without directives that stand alone; where one is part of a longer word, hidden from the template."""
-    alone = "|".join(map(re.escape, directives))
-    words = re.sub(rf"(?<!\S)(?:{alone})(?!\S)", "", words)
+    words = _alone(directives).sub("", words)
     for directive in directives:
         words = words.replace(directive, directive[0] + _SHIELD + directive[1:])
     return words

@@ -7,15 +7,17 @@ value and the limit.
 from __future__ import annotations
 
 import hashlib
-import json
+from array import array
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from .budget import longest_reasoning
 from .fields import BY_NAME, MAX_LIST_ITEMS, PARAMETERS, RequestError, check_value
 from .messages import parse_messages, parse_tools
 from .prompt import MODES, Prompt, PromptBuilder
 from .settings import Settings
+from .splitter import ANSWER
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +25,7 @@ class Request:
     prompt: Prompt
     tools: bool
     max_tokens: int
+    max_thinking_tokens: int | None
     min_tokens: int
     temperature: float
     top_k: int
@@ -43,13 +46,9 @@ def with_parameters(values: Mapping[str, Any], parameters: Mapping[str, Any]) ->
     """Field values with those that came as request parameters. A tensor wins; an unknown parameter is refused."""
     merged = dict(values)
     for name, value in parameters.items():
-        if name.startswith("triton_") or name in (
-            "sequence_id",
-            "sequence_start",
-            "sequence_end",
-            "priority",
-            "timeout",
-        ):
+        if name == "timeout" and isinstance(value, int):  # Triton's own, in microseconds
+            name, value = "timeout_ms", -(-value // 1000)
+        elif name.startswith("triton_") or name in ("sequence_id", "sequence_start", "sequence_end", "priority"):
             continue  # Triton's own
         if name not in PARAMETERS:
             raise RequestError(name, f"this field is unknown; parameters may be {', '.join(PARAMETERS)}")
@@ -96,6 +95,7 @@ def parse_request(values: Mapping[str, Any], settings: Settings, builder: Prompt
         prompt=prompt,
         tools="tools" in values,
         max_tokens=max_tokens,
+        max_thinking_tokens=_thinking_budget(values, prompt, max_tokens, settings),
         min_tokens=min_tokens,
         temperature=float(values.get("temperature", defaults.temperature)),
         top_k=int(values.get("top_k", defaults.top_k)),
@@ -117,8 +117,6 @@ def _prompt(values: Mapping[str, Any], settings: Settings, builder: PromptBuilde
     mode = values.get("reasoning_mode", "auto")
     if mode not in MODES:
         raise RequestError("reasoning_mode", f"{mode!r} is not one of {', '.join(MODES)}")
-    if "max_thinking_tokens" in values:
-        raise RequestError("max_thinking_tokens", "a thinking budget is not supported yet")
     if "messages" in values and "text_input" in values:
         raise RequestError("messages", "give either messages or text_input, not both")
     if "messages" in values:
@@ -131,6 +129,21 @@ def _prompt(values: Mapping[str, Any], settings: Settings, builder: PromptBuilde
     if "text_input" not in values:
         raise RequestError("text_input", "missing; give text_input or messages")
     return builder.from_text(values["text_input"], mode)
+
+
+def _thinking_budget(values: Mapping[str, Any], prompt: Prompt, max_tokens: int, settings: Settings) -> int | None:
+    """The bound on the reasoning. What follows the reasoning is generated from a longer prompt, which must fit too."""
+    if "max_thinking_tokens" not in values:
+        return None
+    budget = int(values["max_thinking_tokens"])
+    if not settings.reasoning.close_tag:
+        raise RequestError("max_thinking_tokens", "this model has no reasoning")
+    length, limit = len(prompt.ids), settings.limits.max_prompt_tokens
+    if prompt.start != ANSWER and length + min(longest_reasoning(budget), max_tokens - 1) > limit:
+        raise RequestError(
+            "max_thinking_tokens", f"{budget} and a prompt of {length} tokens exceed the prompt limit of {limit} tokens"
+        )
+    return budget
 
 
 def _check_size(name: str, value: Any, settings: Settings) -> None:
@@ -148,5 +161,5 @@ def _words(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 def _derived_seed(ids: list[int]) -> int:
     """Without a seed the same prompt gives the same answer: repeatable runs are worth more than variety."""
-    digest = hashlib.sha256(json.dumps(ids).encode()).digest()
+    digest = hashlib.sha256(array("I", ids)).digest()
     return int.from_bytes(digest[:8], "little")

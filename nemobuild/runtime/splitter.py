@@ -6,12 +6,12 @@ every way to cut the stream. Tags are parts too.
 
 The caller says how the prompt ended: ``answer`` (reasoning is off, or the model has none), ``maybe`` (the model
 writes the opening tag itself if it reasons) or ``reasoning`` (the prompt already opened it). A tool-call tag counts
-only in the answer; quoted inside the reasoning it is reasoning.
+only in the answer; quoted inside the reasoning it is reasoning. The first closing tag ends a part, quoted or not.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from .settings import ReasoningPolicy
 
@@ -19,8 +19,7 @@ REASONING, ANSWER, TOOL, TAG = "reasoning", "answer", "tool", "tag"
 MAYBE = "maybe"
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     kind: str
     text: str
 
@@ -29,22 +28,24 @@ class Splitter:
     """State machine of one answer. ``tools`` says whether tool-call blocks are looked for."""
 
     def __init__(self, policy: ReasoningPolicy, start: str, *, tools: bool = False) -> None:
-        self._policy = policy
-        self._tools = tools and bool(policy.tool_open_tag)
-        self._held = ""
+        # State -> the tag that ends it, and the state after it.
+        self._ends = {REASONING: (policy.close_tag, ANSWER), TOOL: (policy.tool_close_tag, ANSWER)}
+        self._ends[ANSWER] = (policy.tool_open_tag if tools else "", TOOL)
+        self._open_tag = policy.open_tag
+        self.held = ""
         self.state = start if policy.open_tag else ANSWER
 
     def push(self, text: str) -> list[Part]:
         """Parts that are certain now. A possible beginning of a tag is held back."""
-        self._held += text
+        self.held += text
         parts: list[Part] = []
-        while self._held and self._step(parts):
+        while self.held and self._step(parts):
             pass
         return parts
 
     def finish(self) -> list[Part]:
-        """The rest, when no more text will come: an unclosed tool call or half a tag is kept as what it is."""
-        text, self._held = self._held, ""
+        """The rest, when no more text will come: half a tag is kept as what it stands in."""
+        text, self.held = self.held, ""
         kind = ANSWER if self.state == MAYBE else self.state
         return [Part(kind, text)] if text else []
 
@@ -52,33 +53,34 @@ class Splitter:
         """Consume from the held text; ``False`` when more text is needed first."""
         if self.state == MAYBE:
             return self._open(parts)
-        tag, after = self._next_tag()
-        if not tag:
-            parts.append(Part(self.state, self._held))
-            self._held = ""
+        text = self.held
+        tag, after = self._ends[self.state]
+        if not tag or tag[0] not in text:  # by far the most frequent case
+            parts.append(Part(self.state, text))
+            self.held = ""
             return False
-        at = self._held.find(tag)
-        if at >= 0:
-            self._emit(parts, self._held[:at])
-            parts.append(Part(TAG, tag))
-            self._held = self._held[at + len(tag) :]
-            self.state = after
-            return True
-        if self.state == TOOL:
-            return False  # a tool call is given whole, so that it can be parsed and repaired
-        keep = _overlap(self._held, tag)
-        self._emit(parts, self._held[: len(self._held) - keep])
-        self._held = self._held[len(self._held) - keep :]
-        return False
+        at = text.find(tag)
+        if at < 0:
+            certain = len(text) - overlap(text, tag)
+            if certain:
+                parts.append(Part(self.state, text[:certain]))
+            self.held = text[certain:]
+            return False
+        if at:
+            parts.append(Part(self.state, text[:at]))
+        parts.append(Part(TAG, tag))
+        self.held = text[at + len(tag) :]
+        self.state = after
+        return True
 
     def _open(self, parts: list[Part]) -> bool:
         """White space before the opening tag belongs to the tag; anything else means there is no reasoning."""
-        tag = self._policy.open_tag
-        body = self._held.lstrip()
+        tag = self._open_tag
+        body = self.held.lstrip()
         if body.startswith(tag):
-            length = len(self._held) - len(body) + len(tag)
-            parts.append(Part(TAG, self._held[:length]))
-            self._held = self._held[length:]
+            length = len(self.held) - len(body) + len(tag)
+            parts.append(Part(TAG, self.held[:length]))
+            self.held = self.held[length:]
             self.state = REASONING
             return True
         if tag.startswith(body):  # also when body is empty
@@ -86,22 +88,10 @@ class Splitter:
         self.state = ANSWER
         return True
 
-    def _next_tag(self) -> tuple[str, str]:
-        """The tag that ends the present part, and the part after it."""
-        if self.state == REASONING:
-            return self._policy.close_tag, ANSWER
-        if self.state == TOOL:
-            return self._policy.tool_close_tag, ANSWER
-        return (self._policy.tool_open_tag, TOOL) if self._tools else ("", ANSWER)
 
-    def _emit(self, parts: list[Part], text: str) -> None:
-        if text:
-            parts.append(Part(self.state, text))
-
-
-def _overlap(text: str, tag: str) -> int:
+def overlap(text: str, tag: str) -> int:
     """Length of the longest end of ``text`` that begins ``tag``."""
-    for length in range(min(len(text), len(tag) - 1), 0, -1):
-        if tag.startswith(text[len(text) - length :]):
-            return length
-    return 0
+    at = text.find(tag[0], max(0, len(text) - len(tag) + 1))
+    while at >= 0 and not tag.startswith(text[at:]):
+        at = text.find(tag[0], at + 1)
+    return len(text) - at if at >= 0 else 0

@@ -15,34 +15,36 @@ class StopMatcher:
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = [stop for stop in stops if stop]
+        self._beginnings = {stop[:length] for stop in self._stops for length in range(1, len(stop))}
+        self._first_letters = {stop[0] for stop in self._stops}
         self._longest = max(map(len, self._stops), default=0)
-        self._held = ""
+        self.held = ""
         self.hit: str | None = None
 
     def push(self, text: str) -> str:
         """The part of all text so far that is newly known to lie before any stop string."""
-        if not self._stops or self.hit is not None:
-            return "" if self.hit is not None else text
-        text = self._held + text
+        if self.hit is not None:
+            return ""
+        if not self.held and self._first_letters.isdisjoint(text):
+            return text
+        text = self.held + text
         found = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
             _, at, self.hit = min(found)
-            self._held = ""
+            self.held = ""
             return text[:at]
-        keep = _held_length(text, self._stops, self._longest)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        certain = len(text) - self._unsure_length(text)
+        self.held = text[certain:]
+        return text[:certain]
 
     def finish(self) -> str:
         """What was held back and turned out not to be a stop string."""
-        text, self._held = self._held, ""
-        return "" if self.hit is not None else text
+        text, self.held = self.held, ""
+        return text
 
-
-def _held_length(text: str, stops: Sequence[str], longest: int) -> int:
-    """Length of the longest end of ``text`` that begins some stop string."""
-    for length in range(min(len(text), longest - 1), 0, -1):
-        tail = text[len(text) - length :]
-        if any(stop.startswith(tail) for stop in stops):
-            return length
-    return 0
+    def _unsure_length(self, text: str) -> int:
+        """Length of the longest end of ``text`` that begins some stop string."""
+        for length in range(min(len(text), self._longest - 1), 0, -1):
+            if text[-length:] in self._beginnings:
+                return length
+        return 0

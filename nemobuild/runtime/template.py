@@ -1,8 +1,8 @@
 """Render the model's own chat template, in jinja2's immutable sandbox, as transformers would.
 
 The template comes from the weights' folder, so it is a stranger's program: it gets the messages and a few fixed names,
-cannot change what it is given, and cannot reach Python's insides. It is fixed when the repository is emitted; no
-request can bring its own.
+cannot change what it is given, cannot reach Python's insides, and cannot take more time or memory than ``sandbox``
+grants. It is fixed when the repository is emitted; no request can bring its own.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from .sandbox import Sandbox, bounded, check_size, time_limit
 
 MAX_TEMPLATE_CHARACTERS = 1 << 20
 
@@ -35,10 +36,8 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         if len(source) > MAX_TEMPLATE_CHARACTERS:
             raise ValueError(f"the chat template is longer than {MAX_TEMPLATE_CHARACTERS} characters")
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation]
-        )
-        environment.filters["tojson"] = _to_json
+        environment = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols, _Generation])
+        environment.filters["tojson"] = bounded("tojson", _to_json)
         environment.globals["raise_exception"] = _raise
         environment.globals["strftime_now"] = _strftime_now
         try:
@@ -48,8 +47,15 @@ class ChatTemplate:
 
     def render(self, messages: list[dict[str, Any]], tools: list[Any] | None = None, **variables: Any) -> str:
         """The prompt with the assistant's header at its end. Raises ``ValueError`` with the template's own words."""
+        values = {"messages": messages, "tools": tools, "add_generation_prompt": True} | variables
+        pieces, size = [], 0
         try:
-            return self._template.render(messages=messages, tools=tools, add_generation_prompt=True, **variables)
+            with time_limit():
+                for piece in self._template.generate(values):
+                    pieces.append(piece)
+                    size += len(piece)
+                    check_size(size)
+            return "".join(pieces)
         except Exception as error:  # a stranger's program may raise anything
             raise ValueError(f"the chat template refused the messages: {error or type(error).__name__}") from error
 

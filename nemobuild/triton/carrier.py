@@ -59,7 +59,10 @@ _STUB_PATCHES = {
     )
 }
 
-_LAYOUT = "1"  # of the folder made by _assemble; change it with the layout, so that old folders are not reused
+_LAYOUT = "2"  # of the folder made by _assemble; change it with the layout, so that old folders are not reused
+# Lines of the .pth file that Python runs: a served repository is only read. NumPy, unpacked from its wheel, may keep
+# its bytecode, without which each start would compile it again.
+_NO_BYTECODE = ("import numpy", "import sys; sys.dont_write_bytecode = True")
 _SERVER = "pytriton/tritonserver"
 _LIBRARIES = "nvidia_pytriton.libs"
 _STUB = "triton_python_backend_stub"
@@ -170,9 +173,8 @@ def _installed(binary: Path) -> TritonInstall:
     if not stub.is_file() or wanted not in _libpython_names(stub):
         return TritonInstall(binary)
     here = str(Path(sys.executable).parent)
-    return TritonInstall(
-        binary, env={"PYTHONPATH": _joined(_package_folders(), "PYTHONPATH"), "PATH": _joined([here], "PATH")}
-    )
+    path = {"PYTHONPATH": _joined(_package_folders(), "PYTHONPATH"), "PATH": _joined([here], "PATH")}
+    return TritonInstall(binary, env={**path, "PYTHONDONTWRITEBYTECODE": "1"})
 
 
 def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, packages: list[str]) -> Path:
@@ -198,7 +200,7 @@ def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, package
                 (stage / "bin" / "python3").symlink_to(python)
                 config = f"home = {python.parent}\ninclude-system-site-packages = false\n"
                 (stage / "pyvenv.cfg").write_text(config)
-                (site / "environment.pth").write_text("\n".join(packages) + "\n")
+                (site / "environment.pth").write_text("\n".join([*packages, *_NO_BYTECODE]) + "\n")
                 stage.rename(folder)
         except OSError as error:
             raise from_os_error(error, folder, "preparing Triton's Python backend in") from error

@@ -88,7 +88,7 @@ def _utf8(name: str, text: str) -> bytes:
 
 def _value(array: Any, name: str) -> Any:
     flat = [item.decode() if isinstance(item, bytes) else item for item in array.reshape(-1).tolist()]
-    return flat if name == "output_log_probs" else flat[0]
+    return flat if name in ("output_log_probs", "token_ids") else flat[0]
 
 
 def _explain(error: Any, url: str) -> NemobuildError:

@@ -33,6 +33,9 @@ Where = Literal["auto", "local", "container"]
 # What only the vendor's image has, by runtime: a file below the folder of Triton, or a program.
 _BACKEND_FILE = "backends/tensorrtllm/libtriton_tensorrtllm.so"
 _LLMAPI_LAUNCHER = "trtllm-llmapi-launch"
+# What no client needs, and what would let one load models, map memory of this machine or choose a file to log to.
+# Triton opens these to whoever sends a header; no header's name can hold a colon, so nobody can.
+_CLOSED_APIS = "shared-memory,model-repository,trace,logging:closed:to-all=never"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +253,8 @@ def _server(
         f"--id={server_id}",
         # Two servers on one machine stay apart, and so do the ranks of one.
         f"--backend-config=python,shm-region-prefix-name={server_id}{rank or ''}",
+        f"--http-restricted-api={_CLOSED_APIS}",
+        f"--grpc-restricted-protocol={_CLOSED_APIS}",
     ]
     for name, port in zip(("http", "grpc", "metrics"), endpoint.ports, strict=True):
         line += [f"--{name}-address={listen or endpoint.host}", f"--{name}-port={port}"]

@@ -48,7 +48,11 @@ _CPU_LIB = (
 )
 # Model -> (adapter files of triton_repo/, modules of nemobuild, does it need tokenizer and settings).
 _PYTHON_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
-    "chat": (("chat/model.py", "common.py", "engine_calls.py"), _TEXT_LIB, True),
+    "chat": (
+        ("chat/model.py", "common.py", "engine_calls.py", "metrics.py", "outbox.py", "watchdog.py"),
+        _TEXT_LIB,
+        True,
+    ),
     "preprocessing": (("preprocessing/model.py", "common.py"), _TEXT_LIB, True),
     "postprocessing": (("postprocessing/model.py", "common.py"), _TEXT_LIB, True),
     "tensorrt_llm_collect": (("tensorrt_llm_collect/model.py", "common.py", "engine_calls.py"), _TEXT_LIB, False),

@@ -25,6 +25,7 @@ from nemobuild.engine.foreign import explain, tail
 from nemobuild.engine.process import die_with_parent, end_group
 from nemobuild.errors import ChildFailed, NemobuildError, UsageError, from_os_error
 from nemobuild.triton.client import stream
+from nemobuild.triton.guard import guard_reason, guarded
 from nemobuild.triton.launch import DEFAULT_PORTS, Emitted, Endpoint, Launch, Where, choose_launch, read_emitted
 
 _FAILURES = (
@@ -89,6 +90,7 @@ def running(
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A Triton that answered a real request; stopped with all that it started when the block ends.
 
+    When a process of one of its Python models dies later, the server is ended (see ``guard``).
     ``on_start`` gets the line that is about to run. Raises what ``choose_launch`` does, and when the server ends before
     it is ready the error that its log tells of, else ``ChildFailed``.
     """
@@ -114,7 +116,8 @@ def running(
         raise from_os_error(error, error.filename or log, "starting Triton, log") from error
     try:
         _wait_ready(process, made, endpoint, server_id, log, ready_timeout_s, on_wait)
-        yield process
+        with guarded(process, log):
+            yield process
     finally:
         _stop(process, launch, server_id)
 
@@ -125,7 +128,7 @@ def died(status: int, made: Emitted, log: Path) -> NemobuildError:
     if known is not None:
         return type(known)(known.code, known.what, why=known.why, next=f"{known.next} The whole log is in {log}.")
     killed = status in (-signal.SIGKILL, 128 + signal.SIGKILL)  # by the kernel, most often for memory
-    why = "It was killed; the machine may be out of memory" if killed else log_failure(log)
+    why = guard_reason(log) or ("It was killed; the machine may be out of memory" if killed else log_failure(log))
     return ChildFailed(
         "triton-died", f"Triton ended (status {status}).", why=f"{why}.", next=f"The whole log is in {log}."
     )

@@ -19,7 +19,8 @@ from pathlib import Path
 
 IMAGE = "nvcr.io/nvidia/tritonserver:26.07-trtllm-python-py3"
 WITH_VALUE = set(
-    "--name --gpus --shm-size --ulimit --user --env --workdir --network --publish --mount --cidfile --ipc".split()
+    """--name --gpus --shm-size --ulimit --cap-drop --security-opt --user --env --workdir --network --publish --mount
+    --cidfile --ipc""".split()
 )
 BARE = {"--rm", "--init"}
 FAILURES = {

@@ -1,31 +1,39 @@
 """The interactive entry: streams answer and reasoning as deltas and keeps the state of each request.
 
-Each request runs in a thread of its own that follows the engine's responses; the work per token is one look-up and a
-few string operations.
+Each request runs in a thread of its own that follows the engine's responses. That is the only hop of a token in
+Python: one look-up and a few string operations. See ``outbox`` for how it leaves.
 """
 
 import json
 import threading
-import uuid
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, TextSide, field_values, output_array, output_tensor, refusal, respond
-from .engine_calls import ClientWatch
+from .common import FINAL, Busy, TextSide, TooLate, field_values, refusal
+from .engine_calls import Call, ClientWatch, EngineBusy, EngineError
 from .lib.runtime.answer import Answer
 from .lib.runtime.engine_io import generation_tensors
 from .lib.runtime.fields import RequestError
-from .lib.runtime.wire import output_tokens
+from .metrics import Metrics
+from .outbox import Outbox, Sender
+from .watchdog import Watchdog, one_token
 
 # The engine streams even when the client wants one response: a stop string must end the work early.
 _STREAMING = {"streaming": np.ones((1, 1), np.bool_)}
+_CAUGHT_UP_S = 0.0002  # a reader that waited so long for the engine has read all that there was
+_REASONS = {RequestError: "request", Busy: "busy", TooLate: "timeout"}
 
 
 class TritonPythonModel:
     def initialize(self, args):
         self.text = TextSide()
+        self.metrics = Metrics()
         self.watch = ClientWatch()
+        self.sender = Sender()
+        self.watchdog = Watchdog(self._probe, lambda healthy: self.metrics.put("healthy", int(healthy)))
         limit = self.text.settings.limits.max_concurrent_requests
         self.slots = threading.BoundedSemaphore(limit)
         self.pool = ThreadPoolExecutor(max_workers=limit, thread_name_prefix="chat")
@@ -33,31 +41,48 @@ class TritonPythonModel:
     def execute(self, requests):
         for request in requests:
             sender = request.get_response_sender()
+            arrived = time.monotonic()
             try:
                 values = field_values(request)
+                if request.timeout():  # Triton's own, in microseconds
+                    values.setdefault("timeout_ms", -(-request.timeout() // 1000))
+                if not self.watchdog.healthy:
+                    raise Busy("chat: the engine does not answer at present, try again later")
                 if not self.slots.acquire(blocking=False):
-                    raise RequestError("chat", "the server is busy, try again later")
+                    raise Busy("chat: the server is busy, try again later")
             except Exception as error:
-                sender.send(refusal(error), flags=FINAL)
+                sender.send(self._refused(request.request_id(), error), flags=FINAL)
                 continue
-            self.pool.submit(self._serve, values, request.requested_output_names(), sender)
+            outbox = Outbox(sender, request.requested_output_names())
+            self.pool.submit(self._serve, values, outbox, sender, request.request_id(), arrived)
 
     def finalize(self):
+        self.watchdog.close()
         self.watch.close()
+        self.sender.close()
+        self.metrics.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
-    def _serve(self, values, names, sender):
+    def _serve(self, values, outbox, sender, name, arrived):
+        deadline = arrived + values["timeout_ms"] / 1000 if "timeout_ms" in values else None
+        pace = _Pace(self.metrics, self.watchdog, arrived)
         try:
-            with self.watch.call(sender, uuid.uuid4().hex) as call:
-                last = self._follow(self.text.parse(values), names, call, sender)
+            with self.watch.call(sender, deadline) as call:
+                request = self.text.parse(values)
+                answer = self._follow(request, outbox, call, pace)
+            if call.expired and not call.cancelled:
+                raise TooLate(f"timeout_ms: the answer was not whole after {values['timeout_ms']} ms")
+            last = outbox.close(self._ended(name, request, answer, call, pace))
         except Exception as error:
-            last = refusal(error)
+            outbox.close()
+            last = self._refused(name, Busy(f"chat: {error}") if isinstance(error, EngineBusy) else error)
         finally:
+            pace.close()
             self.slots.release()
         sender.send(last, flags=FINAL)
 
-    def _follow(self, request, names, call, sender):
-        """Send a delta for each engine response that brings one; return the last response."""
+    def _follow(self, request, outbox, call, pace):
+        """Put what the engine's tokens mean into ``outbox``, until the last; return the answer's state."""
         answer = Answer(
             self.text.vocabulary,
             self.text.settings.reasoning,
@@ -65,54 +90,121 @@ class TritonPythonModel:
             stops=request.stop_words,
             end_ids=request.end_ids,
             tools=request.tools,
+            max_tokens=request.max_tokens,
+            max_thinking_tokens=request.max_thinking_tokens,
         )
-        held = _Outputs(names, request.prompt.text if request.echo_prompt else "")
-        generated = 0
-        for response in call.responses(generation_tensors(request, self.text.tokenizer) | _STREAMING):
-            ids = output_tokens(output_array(response, "output_ids"), output_array(response, "sequence_length"))
-            generated += len(ids)
-            if answer.stopped:
+        if request.echo_prompt:
+            outbox.put_text(request.prompt.text)
+        self._generate(request, answer, outbox, call, pace)
+        if answer.cut and not call.over:
+            self.metrics.add("budget_cuts")
+            before = len(answer.ids)
+            delta = answer.close_reasoning()
+            added = answer.ids[before:] if request.return_log_probs else ()
+            outbox.put(delta, [0.0] * len(added), added)
+            self._generate(request, answer, outbox, call, pace)
+        if not (answer.stopped or answer.cut or call.over or answer.completion_tokens >= request.max_tokens):
+            raise EngineError(f"the engine gave up after {answer.completion_tokens} tokens")
+        outbox.put(answer.finish())
+        return answer
+
+    def _generate(self, request, answer, outbox, call, pace):
+        """One generation of the engine, from the prompt and what the answer has already."""
+        names = ["output_ids", "output_log_probs"] if request.return_log_probs else ["output_ids"]
+        tensors = generation_tensors(request, self.text.tokenizer, answer.ids) | _STREAMING
+        read_at = 0.0
+        for response in call.responses(tensors, names):
+            now = time.monotonic()
+            if answer.stopped or answer.cut:
                 continue  # what the engine had under way when it was told to stop
-            held.add(answer.push(ids), output_array(response, "output_log_probs") if request.return_log_probs else None)
-            if answer.stopped:
+            arrays = {tensor.name(): tensor.as_numpy().ravel().tolist() for tensor in response}
+            before, ids = len(answer.ids), arrays["output_ids"]  # there is one beam, so all of it is new tokens
+            delta = answer.push(ids)
+            if ids:  # the last response of a stopped generation has none
+                pace.tokens(len(ids), now)
+            log_probs = arrays.get("output_log_probs", ())[: len(answer.ids) - before]
+            if answer.stopped or answer.cut:
                 call.stop()
-            if request.stream and held and not call.cancelled:
-                sender.send(held.take())
-        held.add(answer.finish())
-        reason = answer.finish_reason(cancelled=call.cancelled, limit=generated >= request.max_tokens)
-        counts = {
-            "finish_reason": reason,
+            if delta or log_probs:
+                outbox.put(delta, log_probs, answer.ids[before:] if log_probs else ())
+                if request.stream and not call.over and not self.sender.wake(outbox) and now - read_at > _CAUGHT_UP_S:
+                    outbox.idle.wait(timeout=1)
+            read_at = time.monotonic()
+
+    def _ended(self, name, request, answer, call, pace):
+        """Outputs of the last response; counted and logged."""
+        outputs = {
+            "finish_reason": answer.finish_reason(
+                cancelled=call.cancelled, limit=answer.completion_tokens >= request.max_tokens
+            ),
             "prompt_tokens": len(request.prompt.ids),
             "reasoning_tokens": answer.reasoning_tokens,
             "completion_tokens": answer.completion_tokens,
         }
-        return held.take(counts | ({"cum_log_probs": held.cum_log_probs} if request.return_log_probs else {}))
+        self.metrics.add("tokens", "prompt", outputs["prompt_tokens"])
+        self.metrics.add("tokens", "reasoning", answer.reasoning_tokens)
+        self.metrics.add("tokens", "answer", answer.completion_tokens - answer.reasoning_tokens)
+        if call.cancelled:
+            self.metrics.add("cancellations")
+        else:
+            self.metrics.add("answers", outputs["finish_reason"])
+        _log("answer", request_id=name, **outputs, **pace.milliseconds())
+        if not request.stream:
+            outputs["tool_calls"] = json.dumps(answer.calls, ensure_ascii=False) if answer.calls else None
+        return outputs | {"unparsed_tool_call": answer.unparsed_tool_call}
+
+    def _refused(self, name, error):
+        reason = _REASONS.get(type(error), "internal")
+        self.metrics.add("refusals", reason)
+        _log("refusal", request_id=name, reason=reason, field=getattr(error, "field", None))
+        return refusal(error)
+
+    def _probe(self):
+        token = self.text.settings.end_token_ids[0] if self.text.settings.end_token_ids else 0
+        for _ in Call(None, None).responses(one_token(token), ["output_ids"]):
+            pass
 
 
-class _Outputs:
-    """What is ready for the client and not sent yet."""
+class _Pace:
+    """When the tokens of one request came."""
 
-    def __init__(self, names, text):
-        self.names = names
-        self.answer, self.reasoning, self.tool_calls, self.log_probs = text, "", [], []
-        self.cum_log_probs = 0.0
+    def __init__(self, metrics, watchdog, arrived):
+        self._metrics, self._watchdog = metrics, watchdog
+        self._arrived, self._first, self._last = arrived, None, arrived
+        self._between = []
+        metrics.add("requests", "waiting")
 
-    def __bool__(self):
-        return bool(self.answer or self.reasoning or self.tool_calls)
+    def tokens(self, count, now):
+        if self._first is None:
+            self._first = now
+            self._metrics.took("first_token", [now - self._arrived])
+            self._metrics.add("requests", "waiting", -1)
+            self._metrics.add("requests", "running")
+            self._between += [0.0] * (count - 1)
+        else:
+            self._between += [(now - self._last) / count] * count
+        self._last = now
+        if len(self._between) >= 32:
+            self._hand_over()
 
-    def add(self, delta, log_probs=None):
-        self.answer += delta.answer
-        self.reasoning += delta.reasoning
-        self.tool_calls += delta.tool_calls
-        if log_probs is not None:
-            self.log_probs += log_probs.reshape(-1).tolist()
-            self.cum_log_probs += float(log_probs.sum())
+    def close(self):
+        self._hand_over()
+        self._metrics.add("requests", "waiting" if self._first is None else "running", -1)
 
-    def take(self, more=None):
-        values = {"text_output": self.answer, "reasoning_output": self.reasoning, **(more or {})}
-        if self.tool_calls:
-            values["tool_calls"] = json.dumps(self.tool_calls, ensure_ascii=False)
-        if self.log_probs:
-            values["output_log_probs"] = self.log_probs
-        self.answer, self.reasoning, self.tool_calls, self.log_probs = "", "", [], []
-        return respond(self.names, [output_tensor(name, value) for name, value in values.items()])
+    def milliseconds(self):
+        first = self._last if self._first is None else self._first
+        return {"first_token_ms": _ms(first - self._arrived), "total_ms": _ms(time.monotonic() - self._arrived)}
+
+    def _hand_over(self):
+        self._watchdog.saw_token()
+        self._metrics.took("inter_token", self._between)
+        self._between = []
+
+
+def _ms(seconds):
+    return round(1000 * seconds, 1)
+
+
+def _log(event, **values):
+    """One line of JSON. Nothing that a user wrote goes in."""
+    pb_utils.Logger.log_info(json.dumps({"event": f"chat.{event}"} | values))

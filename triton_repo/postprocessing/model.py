@@ -42,12 +42,14 @@ class TritonPythonModel:
         values = {
             "text_output": context["echo"] + first.answer + last.answer,
             "reasoning_output": first.reasoning + last.reasoning,
-            "tool_calls": json.dumps(first.tool_calls + last.tool_calls, ensure_ascii=False),
+            "tool_calls": json.dumps(answer.calls, ensure_ascii=False),
+            "unparsed_tool_call": answer.unparsed_tool_call,
             "finish_reason": answer.finish_reason(limit=len(ids) >= context["max_tokens"]),
             "prompt_tokens": context["prompt_tokens"],
             "reasoning_tokens": answer.reasoning_tokens,
             "completion_tokens": answer.completion_tokens,
             "cum_log_probs": sum(log_probs),
             "output_log_probs": log_probs,
+            "token_ids": answer.ids if log_probs else [],
         }
         return [output_tensor(name, value) for name, value in values.items()]

@@ -7,6 +7,7 @@ import triton_python_backend_utils as pb_utils
 
 from .common import TextSide, field_values, refusal, respond
 from .lib.runtime.engine_io import generation_tensors
+from .lib.runtime.fields import RequestError
 
 
 class TritonPythonModel:
@@ -18,7 +19,12 @@ class TritonPythonModel:
 
     def _one(self, request):
         try:
-            parsed = self.text.parse(field_values(request) | {"stream": False})
+            values = field_values(request)
+            if "timeout_ms" in values:
+                raise RequestError("timeout_ms", "ensemble cannot give up a step; use chat")
+            parsed = self.text.parse(values | {"stream": False})
+            if parsed.max_thinking_tokens is not None:
+                raise RequestError("max_thinking_tokens", "ensemble runs the engine once and cannot cut; use chat")
             tensors = [pb_utils.Tensor(k, v) for k, v in generation_tensors(parsed, self.text.tokenizer).items()]
             tensors.append(pb_utils.Tensor("answer_context", _context(parsed)))
             return respond(request.requested_output_names(), tensors)

@@ -5,15 +5,16 @@ Triton does not let a step of an ensemble take tensors of a decoupled model toge
 ``infer`` works, on gRPC and HTTP.
 """
 
-import uuid
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, output_array, refusal, respond
+from .common import FINAL, refusal, respond
 from .engine_calls import ClientWatch
 from .lib.runtime.wire import output_tokens
+
+_OUTPUTS = ["output_ids", "sequence_length", "output_log_probs"]
 
 
 class TritonPythonModel:
@@ -40,11 +41,12 @@ class TritonPythonModel:
 
     def _collect(self, arrays, sender):
         ids, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-        with self.watch.call(sender, uuid.uuid4().hex) as call:
-            for response in call.responses(arrays):
-                tokens = output_tokens(output_array(response, "output_ids"), output_array(response, "sequence_length"))
+        with self.watch.call(sender) as call:
+            for tensors in call.responses(arrays, _OUTPUTS):
+                got = {tensor.name(): tensor.as_numpy() for tensor in tensors}
+                tokens = output_tokens(got["output_ids"], got["sequence_length"])
                 ids.append(np.array(tokens, np.int32))
-                log_probs.append(output_array(response, "output_log_probs").reshape(-1)[: len(tokens)])
+                log_probs.append(got["output_log_probs"].reshape(-1)[: len(tokens)])
         tokens, probabilities = np.concatenate(ids), np.concatenate(log_probs).astype(np.float32)
         return [
             pb_utils.Tensor("output_ids", tokens[None, None]),

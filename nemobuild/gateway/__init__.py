@@ -1,0 +1,21 @@
+"""An OpenAI-compatible front over the ``chat`` model: HTTP and server-sent events out, Triton's gRPC in.
+
+A process of its own beside Triton. It holds no model and no tokens: it checks the form of a request, hands the fields
+on, and brings what comes back into the form that everyone's client knows. What it does not support it refuses by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfig:
+    """What the gateway's process needs; plain values, since they travel on its command line."""
+
+    fd: int  # a socket that listens
+    host: str
+    grpc_url: str
+    assets: str  # folder of the chat model with runtime.json and tokenizer.json
+    api_keys: str | None
+    silence_s: float = 300.0  # the longest wait for the next piece of a streamed answer

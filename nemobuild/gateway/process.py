@@ -1,0 +1,169 @@
+"""Run the gateway beside Triton: listen, start its process, start it again if it dies, stop it.
+
+The socket is opened here, before Triton is started, so that a port in use is found first; and it outlives the process
+that answers on it, so that a client who connects while that process is started again waits instead of being refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import ipaddress
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from nemobuild.engine.process import die_with_parent, end_group
+from nemobuild.errors import ChildFailed, ToolchainError, UsageError, from_os_error
+from nemobuild.gateway import GatewayConfig
+from nemobuild.gateway.keys import read_keys
+
+DEFAULT_PORT = 8080
+_NEEDED = ("fastapi", "uvicorn", "prometheus_client")
+_START_TIMEOUT_S = 60.0
+_GRACE_S = 8.0
+_MIN_LIFE_S = 5.0
+_MAX_QUICK_DEATHS = 3
+
+
+@contextlib.contextmanager
+def listening(host: str, port: int | None, api_keys: Path | None) -> Iterator[socket.socket]:
+    """A listening socket: on ``port`` (0: any free one), else 8080, else any free one.
+
+    Raises ``UsageError`` when the port is in use, the host is not ours, or the host is open to others and there are no
+    keys; ``ToolchainError`` when the packages of the gateway are missing.
+    """
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ToolchainError(
+            "no-gateway",
+            f"The gateway needs {', '.join(missing)}.",
+            next="Install it with: pip install 'nemobuild[gateway]'",
+        )
+    if api_keys is not None:
+        if not read_keys(api_keys):
+            raise UsageError(
+                "no-keys", f"{api_keys} holds no key.", next=f"Type `nemobuild key NAME --file {api_keys}`."
+            )
+    elif not _is_loopback(host):
+        raise UsageError(
+            "open-gateway",
+            f"The gateway would listen on {host} without API keys.",
+            why="Whoever reaches that address could use the model.",
+            next="Make a key with `nemobuild key NAME --file keys.txt`, then add --api-keys keys.txt.",
+        )
+    with contextlib.closing(_bind(host, (DEFAULT_PORT, 0) if port is None else (port,))) as bound:
+        yield bound
+
+
+def url_of(bound: socket.socket) -> str:
+    """Where clients on this machine find it."""
+    host, port = bound.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def _bind(host: str, ports: tuple[int, ...]) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    for port in ports:
+        bound = socket.socket(family)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            bound.bind((host, port))
+            bound.listen(socket.SOMAXCONN)  # at once, or another could; who comes early waits
+            return bound
+        except OSError as error:
+            bound.close()
+            last = error
+    raise UsageError(
+        "port-in-use",
+        f"Cannot listen on {host}:{ports[0]}.",
+        why=f"{last.strerror or last}.",
+        next="Choose another with --openai-host and --openai-port.",
+    )
+
+
+class GatewayProcess:
+    """The process that answers on ``bound``; ``check`` it now and then, ``stop`` it at the end."""
+
+    def __init__(self, bound: socket.socket, grpc_url: str, assets: Path, api_keys: Path | None, log: Path) -> None:
+        config = GatewayConfig(
+            fd=bound.fileno(),
+            host=bound.getsockname()[0],
+            grpc_url=grpc_url,
+            assets=str(assets),
+            api_keys=None if api_keys is None else str(api_keys.resolve()),
+        )
+        self._command = [sys.executable, "-m", "nemobuild.gateway", json.dumps(asdict(config))]
+        self._bound, self._log = bound, log
+        self._deaths = 0
+        log.write_bytes(b"")
+        self._start()
+        self._wait_live()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def check(self) -> bool:
+        """Start it again if it died; whether it had. Raises ``ChildFailed`` when it dies again and again."""
+        status = self._process.poll()
+        if status is None:
+            return False
+        lived_s = time.monotonic() - self._started_s
+        self._deaths = self._deaths + 1 if lived_s < _MIN_LIFE_S else 0
+        if self._deaths >= _MAX_QUICK_DEATHS:
+            raise self._died(status)
+        self._start()
+        return True
+
+    def stop(self) -> None:
+        end_group(self._process, _GRACE_S)
+
+    def _start(self) -> None:
+        try:
+            with self._log.open("ab") as out:
+                self._process = subprocess.Popen(
+                    self._command,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=subprocess.STDOUT,
+                    pass_fds=[self._bound.fileno()],
+                    start_new_session=True,
+                    preexec_fn=die_with_parent,
+                )
+        except OSError as error:
+            raise from_os_error(error, error.filename or self._log, "starting the gateway, log") from error
+        self._started_s = time.monotonic()
+
+    def _wait_live(self) -> None:
+        url = f"{url_of(self._bound)}/health/live"
+        while True:
+            if (status := self._process.poll()) is not None:
+                raise self._died(status)
+            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
+                return
+            if time.monotonic() - self._started_s > _START_TIMEOUT_S:
+                self.stop()
+                raise ChildFailed("gateway-slow", f"The gateway did not start in {_START_TIMEOUT_S:.0f} s.")
+            time.sleep(0.05)
+
+    def _died(self, status: int) -> ChildFailed:
+        lines = self._log.read_text(encoding="utf-8", errors="replace").splitlines()
+        why = "It was killed." if status == -signal.SIGKILL else f"Its last words: {lines[-1] if lines else 'none'}."
+        return ChildFailed(
+            "gateway-died", f"The gateway ended (status {status}).", why=why, next=f"Its log is {self._log}."
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

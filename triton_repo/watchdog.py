@@ -1,0 +1,62 @@
+"""Does the engine still give tokens? When none came for a while, one is asked for, through the way that all take.
+
+Ports that are open and models that are loaded say nothing about an engine that hangs. While it does, ``healthy`` is
+false: ``chat`` then refuses at once, so that whoever asks for one token learns of it, and does not wait.
+"""
+
+import threading
+import time
+
+import numpy as np
+
+PERIOD_S = 10.0
+TIMEOUT_S = 30.0
+
+
+class Watchdog:
+    def __init__(self, generate, report, period_s=PERIOD_S, timeout_s=TIMEOUT_S):
+        """``generate()`` returns after one token or raises; ``report(healthy)`` hears of each result."""
+        self.healthy = True
+        self._generate, self._report = generate, report
+        self._period_s, self._timeout_s = period_s, timeout_s
+        self._seen = time.monotonic()
+        self._closed = threading.Event()
+        report(True)
+        threading.Thread(target=self._run, name="watchdog", daemon=True).start()
+
+    def saw_token(self):
+        self._seen = time.monotonic()
+
+    def close(self):
+        self._closed.set()
+
+    def _run(self):
+        while not self._closed.wait(self._period_s):
+            if time.monotonic() - self._seen < self._period_s:
+                self._tell(True)
+                continue
+            done = threading.Event()
+            threading.Thread(target=self._probe, args=(done,), name="probe", daemon=True).start()
+            if not done.wait(self._timeout_s):
+                self._tell(False)
+                done.wait()  # no second one beside it
+
+    def _probe(self, done):
+        try:
+            self._generate()
+            self.saw_token()
+            self._tell(True)
+        except Exception:
+            self._tell(False)
+        done.set()
+
+    def _tell(self, healthy):
+        if healthy != self.healthy:
+            self.healthy = healthy
+            self._report(healthy)
+
+
+def one_token(token):
+    """Tensors of the shortest generation there is."""
+    one = np.ones((1, 1), np.int32)
+    return {"input_ids": token * one, "input_lengths": one, "request_output_len": one}
