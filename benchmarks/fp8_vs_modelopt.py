@@ -108,7 +108,7 @@ def main() -> None:
                 perplexity = _perplexity(source, folder, options.forms, options.perplexity_tokens)
     finally:
         shutil.rmtree(work)
-    command = f"python benchmarks/fp8_vs_modelopt.py --rounds {options.rounds}"
+    command = " ".join(["python benchmarks/fp8_vs_modelopt.py", *sys.argv[1:]])
     result = {"command": command, "machine": machine, "models": cases, "perplexity": perplexity}
     harness.publish("fp8_vs_modelopt", result, _table(result), options.results)
 
