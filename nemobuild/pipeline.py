@@ -24,11 +24,12 @@ from nemobuild.config import load_profile
 from nemobuild.engine import tensorrt
 from nemobuild.engine.builder import Builder, Where, find_builder
 from nemobuild.engine.container import Mount, docker_run
-from nemobuild.errors import DoesNotFit, UsageError
+from nemobuild.errors import UsageError
 from nemobuild.folders import recover, replace_folder
 from nemobuild.model.hf_config import load_spec
 from nemobuild.places import check_owner, load_plan, note_owner, place, source_folder
 from nemobuild.plan.planner import Plan
+from nemobuild.plan.report import does_not_fit
 from nemobuild.triton.engine_files import check_same_model
 from nemobuild.triton.launch import serve_commands
 from nemobuild.wheels import file_lock
@@ -150,12 +151,7 @@ def commands(plan: Plan, profile: str | None = None) -> list[tuple[str, list[str
 def _plan(name: str) -> Plan:
     plan = load_plan(name)
     if not plan.fits:
-        raise DoesNotFit(
-            "does-not-fit",
-            f"{name} does not fit.",
-            why=" ".join(plan.shortfalls),
-            next=f"See the remedies in `nemobuild plan {name}`.",
-        )
+        raise does_not_fit(plan)
     return plan
 
 

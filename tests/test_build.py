@@ -355,7 +355,7 @@ def test_a_plan_that_does_not_fit_is_not_built(here, source):
     assert done.returncode == 3 and json.loads(done.stderr)["error"]["code"] == "does-not-fit"
     assert not (here / "build").exists()
     write_profile(here / "tiny.yaml", source, machine__memory_share=1.0, limits__min_tokens_per_second=1e9)
-    with pytest.raises(DoesNotFit, match=r"^tiny\.yaml does not fit\.") as caught:
+    with pytest.raises(DoesNotFit, match=r"^tiny does not fit\.") as caught:
         build("tiny.yaml")
     assert "missing" not in str(caught.value) and "tokens/s" in caught.value.why
 

@@ -20,7 +20,7 @@ from nemobuild.model.hf_config import load_spec
 from nemobuild.places import config_file, load_plan, place
 from nemobuild.plan import memory, picture, report
 from nemobuild.plan.explain import notes
-from nemobuild.plan.gpus import gpu_names, gpus, load_gpu
+from nemobuild.plan.gpus import gpus, load_gpu
 from nemobuild.plan.planner import Plan, plan
 from nemobuild.plan.roofline import decode_ceiling, prefill_ceiling
 from nemobuild.plan.toolchain import toolchains
@@ -389,7 +389,7 @@ def test_pictures_show_the_ledger_and_where_the_card_ends():
 
 
 def test_the_tables_are_whole():
-    assert len(gpu_names()) == 11 and [g.memory_bytes for g in gpus()] == sorted(g.memory_bytes for g in gpus())
+    assert len(gpus()) == 11 and [g.memory_bytes for g in gpus()] == sorted(g.memory_bytes for g in gpus())
     for gpu in gpus():
         assert gpu.fp8 == (gpu.fp8_flops is not None) == (gpu.sm >= (8, 9))
         assert gpu.source and gpu.bf16_flops > 1e14 and 8e11 < gpu.bandwidth_bytes_per_s < 9e12

@@ -29,6 +29,7 @@ from nemobuild.weights.snapshot import open_snapshot
 from tests import templates
 from tests.gpu_machine import docker, h100, image, nvml, put_first
 from tests.plans import planned
+from tests.processes import command_lines
 from tests.tiny import write_model
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -76,17 +77,6 @@ def outside(monkeypatch, tmp_path):
 
 def generated(endpoint) -> list[dict]:
     return list(stream(endpoint.grpc_url, {"text_input": "Hello", "max_tokens": 1}, timeout_s=60))
-
-
-def command_lines() -> str:
-    lines = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if int(file.parent.name) != os.getpid():
-                lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return "\n".join(lines)
 
 
 # The lines.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import http.server
-import os
 import signal
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 from nemobuild.errors import ChildFailed, RemoteError, UsageError
 from nemobuild.triton.client import stream
 from nemobuild.triton.server import choose_endpoint, log_failure, running
+from tests.processes import command_lines
 
 pytestmark = pytest.mark.xdist_group("triton")
 FREE = (0, 0, 0)
@@ -156,18 +156,7 @@ def test_serve_stops_on_a_signal_and_says_why_it_cannot_start(tmp_path):
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     assert process.wait(60) == 130
-    assert str(tmp_path) not in _command_lines()
-
-
-def _command_lines() -> str:
-    lines = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            if int(file.parent.name) != os.getpid():
-                lines.append(file.read_bytes().replace(b"\0", b" ").decode(errors="replace"))
-        except OSError:
-            continue
-    return "\n".join(lines)
+    assert str(tmp_path) not in command_lines()
 
 
 @pytest.mark.parametrize(

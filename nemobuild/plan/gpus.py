@@ -37,10 +37,6 @@ class Gpu:
         return self.sm >= FP8_SM
 
 
-def gpu_names() -> list[str]:
-    return list(_data())
-
-
 def load_gpu(name: str) -> Gpu:
     """The card of that name. Raises ``UsageError`` that proposes the nearest."""
     known = _data()
