@@ -150,7 +150,7 @@ def memory_bytes(group: int, port: int) -> tuple[int, int]:
     resident, page = 0, os.sysconf("SC_PAGESIZE")
     for statm in Path("/proc").glob("[0-9]*/statm"):
         try:
-            fields = (statm.parent / "stat").read_text().rpartition(")")[2].split()
+            fields = (statm.parent / "stat").read_text(errors="replace").rpartition(")")[2].split()
             _, present, shared = map(int, statm.read_text().split()[:3])
         except OSError:
             continue

@@ -92,7 +92,7 @@ def _fronted(front: Front | None, repository: Path, endpoint: Endpoint) -> Itera
         yield None
         return
     assets = repository.resolve() / "chat" / "1" / "assets"
-    process = GatewayProcess(front.bound, endpoint.grpc_url, assets, front.api_keys, front.log)
+    process = GatewayProcess(front.bound, endpoint, assets, front.api_keys, front.log)
     try:
         yield process
     finally:

@@ -69,7 +69,7 @@ def served(repository: Path, logs: Path, api_keys: Path | None = None) -> Iterat
         running(repository, endpoint, logs / "triton.log", ready_timeout_s=120),
         listening("127.0.0.1", 0, api_keys) as bound,
     ):
-        gateway = GatewayProcess(bound, endpoint.grpc_url, assets, api_keys, log)
+        gateway = GatewayProcess(bound, endpoint, assets, api_keys, log)
         try:
             yield Road(endpoint, url_of(bound), gateway, log)
         finally:

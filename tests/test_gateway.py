@@ -16,6 +16,7 @@ import pytest
 from nemobuild.errors import UsageError
 from nemobuild.gateway.keys import make_key, read_keys
 from nemobuild.gateway.process import GatewayProcess, listening, url_of
+from nemobuild.triton.launch import Endpoint
 from tests.gateway_road import ANSWER, CALLS, HI, LOOP, MODEL, OFF_ANSWER, REASONING, Road, served, write_road
 
 pytestmark = pytest.mark.xdist_group("triton")
@@ -98,7 +99,7 @@ def test_a_plain_answer(client):
 def test_a_streamed_answer_equals_the_plain_one(client):
     text, reasoning, calls, chunks = joined(create(client, stream=True, stream_options={"include_usage": True}))
     assert (text, reasoning, calls) == (ANSWER + RAW_CALLS, REASONING, [])
-    assert len(chunks) > 20 and len({chunk.id for chunk in chunks}) == 1
+    assert len(chunks) >= 4 and len({chunk.id for chunk in chunks}) == 1  # how many: as fast as they are sent
     assert chunks[0].choices[0].delta.role == "assistant" and chunks[1].choices[0].delta.role is None
     assert [c.choices[0].finish_reason for c in chunks if c.choices and c.choices[0].finish_reason] == ["stop"]
     assert chunks[-1].choices == [] and chunks[-1].usage == create(client).usage
@@ -135,7 +136,7 @@ def test_tool_calls_whole_and_streamed(client):
     assert [(call["name"], json.loads(call["arguments"])) for call in calls] == expected
     assert all(call["id"] for call in calls) and calls[0]["id"] != calls[1]["id"]
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    assert sum(bool(c.choices[0].delta.tool_calls) for c in chunks) > 4  # arguments come in pieces
+    assert any(c.choices[0].delta.tool_calls for c in chunks[:-1])
 
 
 def test_an_answer_and_tool_results_can_be_sent_back(client):
@@ -291,9 +292,10 @@ def test_a_gateway_without_triton_and_without_keys(repository, tmp_path):
     """It says that it is not ready, and serves only who names this machine."""
     assets = repository / "chat" / "1" / "assets"
     with listening("127.0.0.1", 0, None) as bound, socket.create_server(("127.0.0.1", 0)) as nobody:
-        grpc_url = f"127.0.0.1:{nobody.getsockname()[1]}"
+        nobody_port = nobody.getsockname()[1]
         nobody.close()
-        gateway = GatewayProcess(bound, grpc_url, assets, None, tmp_path / "log")
+        nowhere = Endpoint("127.0.0.1", *[nobody_port] * 3)
+        gateway = GatewayProcess(bound, nowhere, assets, None, tmp_path / "log")
         alone = Road(None, url_of(bound), gateway, tmp_path / "log")
         try:
             assert raw(alone, "/health/live")[0] == 200

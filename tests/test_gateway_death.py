@@ -34,7 +34,7 @@ def alive(pids: list[int]) -> list[int]:
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
-            if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z":
+            if Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0] != "Z":
                 found.append(pid)
     return found
 
@@ -61,13 +61,15 @@ class Service:
         parents = {}
         for folder in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                parents[int(folder.name)] = int(
+                    (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[1]
+                )
         below, found = {self.process.pid}, []
         while more := {pid for pid, parent in parents.items() if parent in below} - below:
             below |= more
         for pid in below - {self.process.pid}:
             with contextlib.suppress(OSError):
-                if what in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode():
+                if what in Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace"):
                     found.append(pid)
         return sorted(found)
 

@@ -221,7 +221,7 @@ def test_a_key_is_asked_for_and_a_server_that_left_is_named(chromium, road, tmp_
     key = make_key(tmp_path / "keys", "tester")
     assets = Path(road.gateway_log).with_name("repository") / "chat" / "1" / "assets"
     with listening("127.0.0.1", 0, tmp_path / "keys") as bound:
-        gateway = GatewayProcess(bound, road.triton.grpc_url, assets, tmp_path / "keys", tmp_path / "log")
+        gateway = GatewayProcess(bound, road.triton, assets, tmp_path / "keys", tmp_path / "log")
         try:
             with opened(chromium, url_of(bound)) as page:
                 assert "401" in page.get_by_role("alert").inner_text()

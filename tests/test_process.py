@@ -21,7 +21,7 @@ CHILD_THAT_IGNORES_TERM = "trap '' TERM; echo $$ > {pid}; while :; do sleep 1; d
 
 def alive(pid: int) -> bool:
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[0]
     except OSError:
         return False
     return state != "Z"

@@ -37,6 +37,11 @@ class TextSide:
         return parse_request(values, self.settings, self.builder)
 
 
+def parameter(args, name):
+    """A parameter of the model's configuration, as text."""
+    return json.loads(args["model_config"])["parameters"][name]["string_value"]
+
+
 def field_values(request):
     """Plain values of the fields that the client sent, as tensors or as request parameters."""
     values = {}

@@ -1,8 +1,9 @@
 """The ``tensorrt_llm`` model over an engine in Python: the tensors of the C++ backend in, the same tensors out.
 
 An engine has ``submit(generation, on_chunk, request_id)``, ``cancel(request_id)`` and ``close()``, and calls
-``on_chunk`` from a thread of its own. Inputs that would change the result and are not implemented here (beams, LoRA,
-speculation, guided decoding, multimodal) are refused when given.
+``on_chunk`` from a thread of its own. Clients of Triton get responses; the models beside this one take the shorter way
+of ``lane``. Inputs that would change the result and are not implemented here (beams, LoRA, speculation, guided
+decoding, multimodal) are refused when given.
 """
 
 import json
@@ -12,6 +13,7 @@ import uuid
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
+from .lane import Lane
 from .lib.engine.request import Generation, QueueFull, RequestError
 from .lib.runtime.wire import unpack_words
 
@@ -45,6 +47,7 @@ class EngineModel:
 
     def initialize(self, args):
         self.engine = self.load(json.loads(args["model_config"]))
+        self.lane = Lane(self._submit, self.engine.cancel)
         self.running = set()
         self.closed = threading.Event()
         self.watch = threading.Thread(target=self._watch_clients, name="client-watch", daemon=True)
@@ -65,7 +68,11 @@ class EngineModel:
     def finalize(self):
         self.closed.set()
         self.watch.join()
+        self.lane.close()
         self.engine.close()
+
+    def _submit(self, arrays, on_chunk, request_id):
+        self.engine.submit(_generation(arrays), on_chunk, request_id)
 
     def _start(self, request, sender):
         arrays = {tensor.name(): tensor.as_numpy().reshape(-1) for tensor in request.inputs()}

@@ -9,17 +9,14 @@ import time
 
 import numpy as np
 
-PERIOD_S = 10.0
-TIMEOUT_S = 30.0
-
 
 class Watchdog:
-    def __init__(self, generate, report, period_s=PERIOD_S, timeout_s=TIMEOUT_S):
+    def __init__(self, generate, report, period_s, timeout_s):
         """``generate()`` returns after one token or raises; ``report(healthy)`` hears of each result."""
         self.healthy = True
         self._generate, self._report = generate, report
         self._period_s, self._timeout_s = period_s, timeout_s
-        self._seen = time.monotonic()
+        self._seen = None  # when the last token came
         self._closed = threading.Event()
         report(True)
         threading.Thread(target=self._run, name="watchdog", daemon=True).start()
@@ -32,7 +29,7 @@ class Watchdog:
 
     def _run(self):
         while not self._closed.wait(self._period_s):
-            if time.monotonic() - self._seen < self._period_s:
+            if self._seen is not None and time.monotonic() - self._seen < self._period_s:
                 self._tell(True)
                 continue
             done = threading.Event()
@@ -47,7 +44,8 @@ class Watchdog:
             self.saw_token()
             self._tell(True)
         except Exception:
-            self._tell(False)
+            if self._seen is not None:  # else it is still being loaded
+                self._tell(False)
         done.set()
 
     def _tell(self, healthy):

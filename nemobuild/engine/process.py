@@ -219,7 +219,7 @@ def _processes() -> Iterator[tuple[int, int, int]]:
         if folder.name.isdecimal():
             with contextlib.suppress(OSError, ValueError, IndexError):  # it may end while we look
                 # The name stands in brackets and may hold anything; see proc(5) for the numbers after it.
-                fields = (folder / "stat").read_text().rpartition(")")[2].split()
+                fields = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()
                 yield int(folder.name), int(fields[3]), int(fields[21]) * _PAGE_BYTES
 
 

@@ -16,6 +16,7 @@ class GatewayConfig:
     fd: int  # a socket that listens
     host: str
     grpc_url: str
+    metrics_url: str  # of Triton
     assets: str  # folder of the chat model with runtime.json and tokenizer.json
     api_keys: str | None
     silence_s: float = 300.0  # the longest wait for the next piece of a streamed answer

@@ -97,8 +97,8 @@ class Gateway:
         return self._model()
 
     async def health(self) -> Response:
-        """Ready to answer; ``/health/live`` says only that this process runs."""
-        ready = await self.upstream.ready()
+        """Ready to answer: loaded, and not given up by the watchdog. ``/health/live``: this process runs."""
+        ready = await self.upstream.ready(self._config.metrics_url)
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     def _model(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from nemobuild.engine.process import die_with_parent, end_group
 from nemobuild.errors import ChildFailed, ToolchainError, UsageError, from_os_error
 from nemobuild.gateway import GatewayConfig
 from nemobuild.gateway.keys import read_keys
+from nemobuild.triton.launch import Endpoint
 
 DEFAULT_PORT = 8080
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
@@ -92,11 +93,12 @@ def _bind(host: str, ports: tuple[int, ...]) -> socket.socket:
 class GatewayProcess:
     """The process that answers on ``bound``; ``check`` it now and then, ``stop`` it at the end."""
 
-    def __init__(self, bound: socket.socket, grpc_url: str, assets: Path, api_keys: Path | None, log: Path) -> None:
+    def __init__(self, bound: socket.socket, triton: Endpoint, assets: Path, api_keys: Path | None, log: Path) -> None:
         config = GatewayConfig(
             fd=bound.fileno(),
             host=bound.getsockname()[0],
-            grpc_url=grpc_url,
+            grpc_url=triton.grpc_url,
+            metrics_url=triton.metrics_url,
             assets=str(assets),
             api_keys=None if api_keys is None else str(api_keys.resolve()),
         )

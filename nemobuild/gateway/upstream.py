@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
+import urllib.request
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ _CONTENTS = {"INT32": "int_contents", "UINT64": "uint64_contents", "FP32": "fp32
 _LETTERS = {"INT32": "i", "FP32": "f", "BOOL": "?"}  # those of struct
 _LISTS = frozenset(field.name for field in OUTPUTS if field.is_list)
 _READY_TIMEOUT_S = 5.0
+_HEALTHY = b"nemobuild_chat_healthy"
 
 
 class Upstream:
@@ -36,13 +38,16 @@ class Upstream:
     async def close(self) -> None:
         await self._channel.close()
 
-    async def ready(self) -> bool:
-        """Whether the ``chat`` model says that it can answer."""
+    async def ready(self, metrics_url: str | None = None) -> bool:
+        """Whether the ``chat`` model is loaded, and, where Triton's metrics can be asked, its engine gives tokens."""
         request = self._messages.ModelReadyRequest(name="chat")
         try:
-            return bool((await self._triton.ModelReady(request, timeout=_READY_TIMEOUT_S)).ready)
+            loaded = await self._triton.ModelReady(request, timeout=_READY_TIMEOUT_S)
         except self._grpc.aio.AioRpcError:
             return False
+        if not loaded.ready or metrics_url is None:
+            return bool(loaded.ready)
+        return not await asyncio.to_thread(_given_up, metrics_url)
 
     async def ask(self, fields: Mapping[str, Any], silence_s: float | None) -> AsyncGenerator[dict[str, Any], None]:
         """Yield each response as ``{output: value}``; the last one has ``finish_reason``.
@@ -100,6 +105,15 @@ class _Silence:
         self._act()
 
 
+def _given_up(metrics_url: str) -> bool:
+    """Whether the watchdog of ``chat`` says that the engine hangs."""
+    try:
+        with urllib.request.urlopen(metrics_url, timeout=_READY_TIMEOUT_S) as response:
+            return any(line.startswith(_HEALTHY) and float(line.split()[-1]) == 0 for line in response)
+    except (OSError, ValueError):
+        return False  # a Triton whose metrics are closed
+
+
 def _add_input(request: Any, name: str, value: Any) -> None:
     kind = BY_NAME[name].type
     items = value if isinstance(value, list) else [value]
@@ -133,4 +147,6 @@ def _refusal(message: str) -> Exception:
         return RequestError(field, problem)
     if "busy" in message:
         return ApiError(429, message, code="server_busy")
+    if "does not answer" in message:
+        return ApiError(503, message, code="engine_silent")
     return ApiError(500, f"the model server failed: {message}", code="server_failed")

@@ -21,7 +21,7 @@ from nemobuild.triton.repository import MANIFEST, manifest_key
 
 Found = Iterator[tuple[str, str]]
 # What the server's Python has; everything else must lie in the model's own folder.
-_PACKAGES = frozenset("numpy tokenizers jinja2 yaml tensorrt_llm triton_python_backend_utils".split())
+_PACKAGES = frozenset("numpy tokenizers jinja2 yaml grpc tritonclient tensorrt_llm triton_python_backend_utils".split())
 _IN_THE_IMAGE = "/opt/tritonserver/"
 _YAML_FILE = f"{VERSION_FOLDER}/{MODEL_YAML}"
 _LOGITS = {"float32": "TYPE_FP32", "float16": "TYPE_FP16"}

@@ -57,8 +57,8 @@ def stubs(session: int) -> dict[int, str]:
     found = {}
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError, IndexError):  # it may end while we look
-            words = (folder / "cmdline").read_text().split("\0")
-            state, _, _, number = (folder / "stat").read_text().rpartition(")")[2].split()[:4]
+            words = (folder / "cmdline").read_text(errors="replace").split("\0")
+            state, _, _, number = (folder / "stat").read_text(errors="replace").rpartition(")")[2].split()[:4]
             if words[0].endswith(_STUB) and int(number) == session and state != "Z":
                 found[int(folder.name)] = next((Path(w).parts[-3] for w in words if w.endswith("/model.py")), "?")
     return found

@@ -59,6 +59,10 @@ class Endpoint:
     def grpc_url(self) -> str:
         return f"{self.host}:{self.grpc_port}"
 
+    @property
+    def metrics_url(self) -> str:
+        return f"http://{self.host}:{self.metrics_port}/metrics"
+
 
 class _Profile(BaseModel):
     """The part of a profile that decides how its repository is served; other versions may differ in the rest."""

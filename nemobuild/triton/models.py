@@ -32,10 +32,12 @@ def repository_models(plan: Plan) -> tuple[TritonModel, ...]:
     )
     tokens = by_name(ENGINE_OUTPUTS, GENERATION_OUTPUTS)
     to_text = (*tokens, _CONTEXT)
+    way = {"engine_way": "grpc" if plan.profile.runtime == "tensorrt" else "lane"}
+    watchdog = {"watchdog_period_s": "10", "watchdog_timeout_s": "30"}
     return (
-        TritonModel("chat", request, answer, decoupled=True),
+        TritonModel("chat", request, answer, decoupled=True, parameters=way | watchdog),
         TritonModel("preprocessing", request, (*generation, _CONTEXT)),
-        TritonModel("tensorrt_llm_collect", generation, tokens),
+        TritonModel("tensorrt_llm_collect", generation, tokens, parameters=way),
         TritonModel("postprocessing", to_text, answer),
         TritonModel(
             "ensemble",

@@ -49,18 +49,22 @@ _CPU_LIB = (
 # Model -> (adapter files of triton_repo/, modules of nemobuild, does it need tokenizer and settings).
 _PYTHON_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...], bool]] = {
     "chat": (
-        ("chat/model.py", "common.py", "engine_calls.py", "metrics.py", "outbox.py", "watchdog.py"),
+        ("chat/model.py", "common.py", "engine_calls.py", "lane.py", "metrics.py", "outbox.py", "watchdog.py"),
         _TEXT_LIB,
         True,
     ),
     "preprocessing": (("preprocessing/model.py", "common.py"), _TEXT_LIB, True),
     "postprocessing": (("postprocessing/model.py", "common.py"), _TEXT_LIB, True),
-    "tensorrt_llm_collect": (("tensorrt_llm_collect/model.py", "common.py", "engine_calls.py"), _TEXT_LIB, False),
+    "tensorrt_llm_collect": (
+        ("tensorrt_llm_collect/model.py", "common.py", "engine_calls.py", "lane.py"),
+        _TEXT_LIB,
+        False,
+    ),
 }
 # Runtime -> the same of its ``tensorrt_llm``; the C++ backend needs neither.
 _ENGINE_MODELS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "cpu": (("tensorrt_llm/model.py", "engine_model.py"), _CPU_LIB),
-    "llmapi": (("tensorrt_llm_llmapi/model.py", "engine_model.py"), _ENGINE_LIB),
+    "cpu": (("tensorrt_llm/model.py", "engine_model.py", "lane.py"), _CPU_LIB),
+    "llmapi": (("tensorrt_llm_llmapi/model.py", "engine_model.py", "lane.py"), _ENGINE_LIB),
     "tensorrt": ((), ()),
 }
 MANIFEST = "manifest.json"
@@ -245,7 +249,11 @@ def _link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-_NEEDS = {"cpu": "", "tensorrt": "", "llmapi": "; tensorrt_llm needs PyYAML and the TensorRT-LLM of manifest.json"}
+_NEEDS = {
+    "cpu": "",
+    "tensorrt": "; chat needs tritonclient",
+    "llmapi": "; tensorrt_llm needs PyYAML and the TensorRT-LLM of manifest.json",
+}
 
 
 def _readme(profile: EngineConfig, settings: Settings) -> str:

@@ -120,7 +120,7 @@ def _processes(session):
     found = []
     for stat in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            fields = stat.read_text().rpartition(")")[2].split()
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
             if fields[3] == str(session) and fields[0] != "Z":
                 found.append(int(stat.parent.name))
     return found

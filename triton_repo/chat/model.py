@@ -12,8 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, Busy, TextSide, TooLate, field_values, refusal
-from .engine_calls import Call, ClientWatch, EngineBusy, EngineError
+from .common import FINAL, Busy, TextSide, TooLate, field_values, parameter, refusal
+from .engine_calls import EngineBusy, EngineCalls, EngineError
 from .lib.runtime.answer import Answer
 from .lib.runtime.engine_io import generation_tensors
 from .lib.runtime.fields import RequestError
@@ -31,9 +31,10 @@ class TritonPythonModel:
     def initialize(self, args):
         self.text = TextSide()
         self.metrics = Metrics()
-        self.watch = ClientWatch()
+        self.calls = EngineCalls(parameter(args, "engine_way"))
         self.sender = Sender()
-        self.watchdog = Watchdog(self._probe, lambda healthy: self.metrics.put("healthy", int(healthy)))
+        period_s, timeout_s = (float(parameter(args, f"watchdog_{name}_s")) for name in ("period", "timeout"))
+        self.watchdog = Watchdog(self._probe, self._report, period_s, timeout_s)
         limit = self.text.settings.limits.max_concurrent_requests
         self.slots = threading.BoundedSemaphore(limit)
         self.pool = ThreadPoolExecutor(max_workers=limit, thread_name_prefix="chat")
@@ -58,7 +59,7 @@ class TritonPythonModel:
 
     def finalize(self):
         self.watchdog.close()
-        self.watch.close()
+        self.calls.close()
         self.sender.close()
         self.metrics.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
@@ -67,7 +68,7 @@ class TritonPythonModel:
         deadline = arrived + values["timeout_ms"] / 1000 if "timeout_ms" in values else None
         pace = _Pace(self.metrics, self.watchdog, arrived)
         try:
-            with self.watch.call(sender, deadline) as call:
+            with self.calls.call(sender, deadline) as call:
                 request = self.text.parse(values)
                 answer = self._follow(request, outbox, call, pace)
             if call.expired and not call.cancelled:
@@ -110,19 +111,16 @@ class TritonPythonModel:
 
     def _generate(self, request, answer, outbox, call, pace):
         """One generation of the engine, from the prompt and what the answer has already."""
-        names = ["output_ids", "output_log_probs"] if request.return_log_probs else ["output_ids"]
         tensors = generation_tensors(request, self.text.tokenizer, answer.ids) | _STREAMING
         read_at = 0.0
-        for response in call.responses(tensors, names):
+        for ids, log_probs in call.responses(tensors):
             now = time.monotonic()
             if answer.stopped or answer.cut:
                 continue  # what the engine had under way when it was told to stop
-            arrays = {tensor.name(): tensor.as_numpy().ravel().tolist() for tensor in response}
-            before, ids = len(answer.ids), arrays["output_ids"]  # there is one beam, so all of it is new tokens
+            before = len(answer.ids)
             delta = answer.push(ids)
-            if ids:  # the last response of a stopped generation has none
-                pace.tokens(len(ids), now)
-            log_probs = arrays.get("output_log_probs", ())[: len(answer.ids) - before]
+            pace.tokens(len(ids), now)
+            log_probs = log_probs[: len(answer.ids) - before]
             if answer.stopped or answer.cut:
                 call.stop()
             if delta or log_probs:
@@ -161,8 +159,14 @@ class TritonPythonModel:
 
     def _probe(self):
         token = self.text.settings.end_token_ids[0] if self.text.settings.end_token_ids else 0
-        for _ in Call(None, None).responses(one_token(token), ["output_ids"]):
-            pass
+        with self.calls.call() as call:
+            for _ in call.responses(one_token(token)):
+                pass
+
+    def _report(self, healthy):
+        self.metrics.put("healthy", int(healthy))
+        if not healthy:
+            self.calls.give_up("the engine does not answer")
 
 
 class _Pace:
@@ -175,6 +179,7 @@ class _Pace:
         metrics.add("requests", "waiting")
 
     def tokens(self, count, now):
+        self._watchdog.saw_token()
         if self._first is None:
             self._first = now
             self._metrics.took("first_token", [now - self._arrived])
@@ -196,7 +201,6 @@ class _Pace:
         return {"first_token_ms": _ms(first - self._arrived), "total_ms": _ms(time.monotonic() - self._arrived)}
 
     def _hand_over(self):
-        self._watchdog.saw_token()
         self._metrics.took("inter_token", self._between)
         self._between = []
 

@@ -10,16 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, refusal, respond
-from .engine_calls import ClientWatch
-from .lib.runtime.wire import output_tokens
-
-_OUTPUTS = ["output_ids", "sequence_length", "output_log_probs"]
+from .common import FINAL, parameter, refusal, respond
+from .engine_calls import EngineCalls
 
 
 class TritonPythonModel:
     def initialize(self, args):
-        self.watch = ClientWatch()
+        self.calls = EngineCalls(parameter(args, "engine_way"))
         self.pool = ThreadPoolExecutor(max_workers=256, thread_name_prefix="collect")
 
     def execute(self, requests):
@@ -29,7 +26,7 @@ class TritonPythonModel:
             self.pool.submit(self._one, arrays, names, request.get_response_sender())
 
     def finalize(self):
-        self.watch.close()
+        self.calls.close()
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _one(self, arrays, names, sender):
@@ -40,16 +37,13 @@ class TritonPythonModel:
         sender.send(response, flags=FINAL)
 
     def _collect(self, arrays, sender):
-        ids, log_probs = [np.zeros(0, np.int32)], [np.zeros(0, np.float32)]
-        with self.watch.call(sender) as call:
-            for tensors in call.responses(arrays, _OUTPUTS):
-                got = {tensor.name(): tensor.as_numpy() for tensor in tensors}
-                tokens = output_tokens(got["output_ids"], got["sequence_length"])
-                ids.append(np.array(tokens, np.int32))
-                log_probs.append(got["output_log_probs"].reshape(-1)[: len(tokens)])
-        tokens, probabilities = np.concatenate(ids), np.concatenate(log_probs).astype(np.float32)
+        ids, log_probs = [], []
+        with self.calls.call(sender) as call:
+            for more_ids, more_log_probs in call.responses(arrays):
+                ids += more_ids
+                log_probs += more_log_probs
         return [
-            pb_utils.Tensor("output_ids", tokens[None, None]),
-            pb_utils.Tensor("sequence_length", np.array([[tokens.size]], np.int32)),
-            pb_utils.Tensor("output_log_probs", probabilities[None, None]),
+            pb_utils.Tensor("output_ids", np.array([[ids]], np.int32)),
+            pb_utils.Tensor("sequence_length", np.array([[len(ids)]], np.int32)),
+            pb_utils.Tensor("output_log_probs", np.array([[log_probs]], np.float32)),
         ]
