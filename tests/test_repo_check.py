@@ -143,6 +143,13 @@ def logits(message: pb.ModelConfig) -> None:
     retype(message, "output", "context_logits", pb.TYPE_FP16)
 
 
+def way(value: str) -> Callable[[pb.ModelConfig], None]:
+    def change(message: pb.ModelConfig) -> None:
+        message.parameters["engine_way"].string_value = value
+
+    return change
+
+
 ENGINE, CONFIG, YAML = "tensorrt_llm/1", "tensorrt_llm/config.pbtxt", "tensorrt_llm/1/model.yaml"
 
 
@@ -323,6 +330,9 @@ BROKEN: list[tuple[str, str, Damage, str, str]] = [
         f"{ENGINE}/checkpoint/rank0.safetensors",
         "missing",
     ),
+    ("parameters", "tensorrt", config("chat", way("lane")), "chat/config.pbtxt", "'lane', which the backend"),
+    ("parameters", "cpu", config("chat", way("bls")), "chat/config.pbtxt", "'bls', not one of lane, grpc"),
+    ("parameters", "cpu", config("tensorrt_llm_collect", way("")), "tensorrt_llm_collect/config.pbtxt", "engine_way"),
     ("self-contained", "tensorrt", parameter("gpt_model_path", "/models/engine"), CONFIG, "'/models/engine'"),
     ("self-contained", "llmapi", arguments(model="/models/hf"), YAML, "'/models/hf'"),
     (

@@ -23,6 +23,8 @@ from nemobuild.triton.opened import CONFIG, Opened
 Found = Iterator[tuple[str, str]]
 ENGINE = "tensorrt_llm"
 CPP_BACKEND = "tensorrtllm"
+_CALLERS = ("chat", "tensorrt_llm_collect")
+_WAYS = ("lane", "grpc")
 _CPU_KEYS = {"max_batch_size", "max_context_tokens", "kv_cache_tokens", "max_queue_size"}
 
 
@@ -68,12 +70,13 @@ def placeholder(repository: Opened) -> Found:
 
 
 def parameters(repository: Opened) -> Found:
-    """The engine's parameters and tensors are those that its backend reads."""
+    """The engine's parameters and tensors are those that its backend reads, and who calls it knows how."""
     model = repository.models.get(ENGINE)
     if model is None:
         if ENGINE not in repository.broken:
             yield ENGINE, "there is no such model"
         return
+    yield from _callers(repository, model.backend)
     file = f"{ENGINE}/{CONFIG}"
     if model.max_batch_size < 1:
         yield file, f"max_batch_size is {model.max_batch_size}; the tensors have a batch axis, so it must be 1 or more"
@@ -91,6 +94,16 @@ def parameters(repository: Opened) -> Found:
             limits = None
         if not isinstance(limits, dict) or set(limits) != _CPU_KEYS:
             yield file, f"the parameter cpu_engine must be a JSON object of {', '.join(sorted(_CPU_KEYS))}"
+
+
+def _callers(repository: Opened, backend: str) -> Found:
+    for name in _CALLERS:
+        if name in repository.models:
+            way = repository.models[name].parameters["engine_way"].string_value
+            if way not in _WAYS:
+                yield f"{name}/{CONFIG}", f"the parameter engine_way is {way!r}, not one of {', '.join(_WAYS)}"
+            elif way == "lane" and backend != "python":
+                yield f"{name}/{CONFIG}", f"the parameter engine_way is 'lane', which the backend {backend!r} has not"
 
 
 def wiring(repository: Opened) -> Found:
