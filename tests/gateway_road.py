@@ -32,7 +32,10 @@ MODEL = "tiny"
 HI = [{"role": "user", "content": "Hi"}]
 
 
-def write_road(folder: Path) -> Path:
+ENDLESS = 40_000  # tokens: more than any of these tests waits for
+
+
+def write_road(folder: Path, context_tokens: int = 50_000) -> Path:
     """An emitted repository whose model says ``SCRIPTS``."""
     source = write_scripted(folder / "hf", SCRIPTS, templates.SUPER_V15.replace("tool_notes", "''"), loops=(LOOP,))
     checkpoint = convert(open_snapshot(source), folder / "checkpoint").output
@@ -40,9 +43,9 @@ def write_road(folder: Path) -> Path:
         config=load_json(source / "config.json"),
         limits={
             "max_batch_size": 16,
-            "max_context_tokens": 4000,
+            "max_context_tokens": context_tokens,
             "default_max_tokens": 400,
-            "kv_cache_tokens": 64000,
+            "kv_cache_tokens": 16 * context_tokens,
             "max_queue_size": 16,
         },
         reasoning={"policy": "nemotron-super-v1.5", "default": "on"},

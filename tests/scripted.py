@@ -54,7 +54,7 @@ def write_scripted(folder: Path, scripts: dict[str, str], template: str, loops: 
         num_key_value_heads=None,
         intermediate_size=None,
         tie_word_embeddings=False,
-        max_position_embeddings=4096,
+        max_position_embeddings=1 << 20,
         eos_token_id=[tokenizer.token_to_id(t) for t in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
         bos_token_id=tokenizer.token_to_id("<|begin_of_text|>"),
         block_configs=[

@@ -18,7 +18,7 @@ pytestmark = pytest.mark.xdist_group("triton")
 
 @pytest.fixture(scope="module")
 def road(tmp_path_factory):
-    with served(write_road(tmp_path_factory.mktemp("road")), tmp_path_factory.mktemp("logs")) as road:
+    with served(write_road(tmp_path_factory.mktemp("road"), 4000), tmp_path_factory.mktemp("logs")) as road:
         yield road
         fields = {"messages": json.dumps(HI), "reasoning_mode": "off"}
         text = "".join(r["text_output"] for r in stream(road.triton.grpc_url, fields, timeout_s=60))

@@ -110,6 +110,12 @@ def test_a_gateway_with_and_without_keys():
         assert judge(at(port, "::"), service).level == "ok" and not service.open_doors
 
 
+def test_what_could_end_a_triton_is_said_where_others_can_reach_it():
+    service = Service("Triton over gRPC", ("use the model",))
+    assert "triton_grpc_error" in judge(at(1, "0.0.0.0"), service).why
+    assert "triton_grpc_error" not in judge(at(1), service).why
+
+
 def test_what_is_no_business_of_ours_is_left_alone():
     with web({}) as port:
         assert [f.level for f in check_exposure([at(port)])] == ["ok"]

@@ -17,7 +17,7 @@ from nemobuild.errors import UsageError
 from nemobuild.gateway.keys import make_key, read_keys
 from nemobuild.gateway.process import GatewayProcess, listening, url_of
 from nemobuild.triton.launch import Endpoint
-from tests.gateway_road import ANSWER, CALLS, HI, LOOP, MODEL, OFF_ANSWER, REASONING, Road, served, write_road
+from tests.gateway_road import ANSWER, CALLS, ENDLESS, HI, LOOP, MODEL, OFF_ANSWER, REASONING, Road, served, write_road
 
 pytestmark = pytest.mark.xdist_group("triton")
 TOOLS = [{"type": "function", "function": {"name": name, "parameters": {}}} for name in ("get_weather", "now")]
@@ -188,7 +188,7 @@ def test_a_raw_completion(client):
 
 def test_models(client):
     (model,) = client.models.list().data
-    assert model.id == MODEL and model.max_model_len == 4000 and client.models.retrieve(MODEL).id == MODEL
+    assert model.id == MODEL and model.max_model_len == 50_000 and client.models.retrieve(MODEL).id == MODEL
     with pytest.raises(openai.NotFoundError, match="model"):
         client.models.retrieve("gpt-4o")
     with pytest.raises(openai.NotFoundError) as caught:
@@ -209,7 +209,7 @@ def test_16_streams_at_once_are_all_right(client):
 def test_a_refusal_names_the_field_before_any_event(client):
     for more, named in (
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role"),
-        ({"max_completion_tokens": 5000}, "max_completion_tokens"),
+        ({"max_completion_tokens": 60_000}, "max_completion_tokens"),
         ({"extra_body": {"reasoning": {"max_tokens": -1}}}, "reasoning.max_tokens"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**70}, "seed"),
@@ -363,7 +363,7 @@ def test_the_log_has_a_line_per_request_and_no_text(road, client):
 @pytest.mark.parametrize("streamed", [False, True])
 def test_a_client_that_leaves_frees_its_slot(client, streamed):
     """Endless answers fill every slot; when their clients leave, others must be served at once."""
-    endless = {"model": MODEL, "prompt": LOOP, "max_tokens": 3900, "temperature": 0}
+    endless = {"model": MODEL, "prompt": LOOP, "max_tokens": ENDLESS, "temperature": 0}
 
     def leave(_):
         if streamed:

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from nemobuild.triton.server import choose_endpoint
-from tests.gateway_road import HI, LOOP, MODEL, OFF_ANSWER, write_road
+from tests.gateway_road import ENDLESS, HI, LOOP, MODEL, OFF_ANSWER, write_road
 
 pytestmark = pytest.mark.xdist_group("triton")
 STREAMS = 6
@@ -97,7 +97,7 @@ def endless_streams(service):
     def read():
         said = False
         try:
-            with service.post({"prompt": LOOP, "max_tokens": 3900, "stream": True}, "/v1/completions") as answer:
+            with service.post({"prompt": LOOP, "max_tokens": ENDLESS, "stream": True}, "/v1/completions") as answer:
                 for line in answer:
                     if not said:
                         said = True

@@ -17,7 +17,7 @@ from nemobuild.gateway.process import GatewayProcess, listening, url_of
 from nemobuild.triton.client import stream
 from nemobuild.triton.guard import stubs
 from nemobuild.triton.server import choose_endpoint, running
-from tests.gateway_road import HI, LOOP, MODEL, write_road
+from tests.gateway_road import ENDLESS, HI, LOOP, MODEL, write_road
 
 pytestmark = pytest.mark.xdist_group("triton")
 
@@ -69,7 +69,7 @@ def test_an_engine_that_hangs(repository, tmp_path, way):
         url, gateway = url_of(bound), GatewayProcess(bound, endpoint, assets, None, tmp_path / "gateway.log")
         try:
             assert within(lambda: asked(url, "/health")[0] == 200)
-            endless = stream(endpoint.grpc_url, {"text_input": LOOP, "max_tokens": 3000}, timeout_s=90)
+            endless = stream(endpoint.grpc_url, {"text_input": LOOP, "max_tokens": ENDLESS}, timeout_s=90)
             next(endless)
             (engine,) = (pid for pid, model in stubs(triton.pid).items() if model == "tensorrt_llm")
             os.kill(engine, signal.SIGSTOP)

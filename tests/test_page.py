@@ -45,7 +45,12 @@ def road(tmp_path_factory):
     checkpoint = convert(open_snapshot(source), folder / "checkpoint").output
     plan = planned(
         config=load_json(source / "config.json"),
-        limits={"max_batch_size": 4, "max_context_tokens": 4000, "default_max_tokens": 3000, "kv_cache_tokens": 16000},
+        limits={
+            "max_batch_size": 4,
+            "max_context_tokens": 100_000,
+            "default_max_tokens": 90_000,  # more than a test waits for
+            "kv_cache_tokens": 400_000,
+        },
         reasoning={"policy": "nemotron-super-v1.5", "default": "on"},
     )
     repository = write_repository(plan_repository(plan, source, checkpoint), folder / "repository")
@@ -151,12 +156,13 @@ def test_an_answer_is_stopped_and_the_conversation_goes_on(page, how):
     stop.click(force=True) if how == "button" else page.keyboard.press("Escape")
     page.wait_for_selector("#log[aria-busy=false]")
     text = page.locator(".answer").inner_text()
-    assert LOOP.strip().startswith(text[:5]) and len(text) < 3000 * 3 and stop.is_disabled()
+    assert LOOP.strip().startswith(text[:5]) and stop.is_disabled()
     assert "stopped" in page.locator(".stats").inner_text()
     page.get_by_label("Reasoning").select_option("on")
     asked = say(page, "And now?")
     assert [m["role"] for m in asked["messages"]] == ["user", "assistant", "user"]
     assert asked["messages"][1]["content"].strip() == text.strip()
+    assert page.get_by_role("alert").all_inner_texts() == []
     assert page.locator(".answer").nth(1).inner_text().startswith(ANSWER)
 
 

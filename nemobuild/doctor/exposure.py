@@ -18,6 +18,9 @@ from nemobuild.doctor.machine import Listener
 _TIMEOUT_S = 2.0
 _ANSWER_BYTES = 1 << 20
 _USE = "use the model"
+_GRPC = "Triton over gRPC"
+# Seen on 2.51; it is not tried here, since it would end the server.
+_GRPC_CRASH = "A refused request that carries the metadata triton_grpc_error ends a Triton 2.51."
 # Door -> the HTTP request that finds it, and the call of Triton's gRPC client that does.
 _TRITON_DOORS = {
     _USE: ("GET", "/v2/models/chat", "get_model_metadata:chat"),
@@ -52,6 +55,8 @@ def judge(listener: Listener, service: Service) -> Finding:
     reach = "Other machines can reach it" if listener.exposed else "Only this machine can reach it"
     can = "; ".join(service.open_doors)
     why = f"{reach}. Without a key one can: {can}." if can else f"{reach}, and needs a key to use it."
+    if service.kind == _GRPC and service.open_doors and listener.exposed:
+        why += f" {_GRPC_CRASH}"
     bad = bool(doors) or (listener.exposed and bool(service.open_doors))
     remedy = ""
     if doors and service.kind.startswith("Triton"):
@@ -131,6 +136,6 @@ def _grpc(host: str, port: int) -> Service | None:
     try:
         if not answers("is_server_live"):
             return None
-        return Service("Triton over gRPC", tuple(door for door, (*_, call) in _TRITON_DOORS.items() if answers(call)))
+        return Service(_GRPC, tuple(door for door, (*_, call) in _TRITON_DOORS.items() if answers(call)))
     finally:
         client.close()
