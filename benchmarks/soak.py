@@ -13,11 +13,13 @@ import argparse
 import json
 import os
 import random
+import shlex
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -70,7 +72,9 @@ def main() -> None:
             while any(thread.is_alive() for thread in threads):
                 samples.append((time.monotonic(), *memory_bytes(server.pid, endpoint.grpc_port)))
                 time.sleep(1)
-            report = {"minutes": options.minutes, "streams": options.streams, "turns": dict(soak.counts)}
+            command = shlex.join(["python", "benchmarks/soak.py", *sys.argv[1:]])
+            report = {"command": command, "minutes": options.minutes, "streams": options.streams}
+            report |= {"turns": dict(soak.counts)}
             report |= {"wrong": soak.wrong[:20], "slots_free_after": soak.all_slots_free(options.streams)}
     kept = samples[len(samples) // 5 :]
     for k, name in ((1, "resident"), (2, "shared")):
@@ -106,12 +110,9 @@ class Soak:
     def all_slots_free(self, slots: int) -> bool:
         """As many requests as there are slots get their answers at once."""
         begin = time.monotonic()
-        threads = [threading.Thread(target=self._text, args=(random.Random(k),)) for k in range(slots)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return not any(thread.is_alive() for thread in threads) and time.monotonic() - begin < 60
+        with ThreadPoolExecutor(slots) as pool:
+            problems = list(pool.map(self._text, map(random.Random, range(slots))))
+        return not any(problems) and time.monotonic() - begin < 60
 
     def _text(self, chance: random.Random) -> str:
         cue = chance.choice(list(self.right))

@@ -31,20 +31,27 @@ class Conversation:
         self.last: dict[str, Any] = {}
 
     def ask(self, prompt: str) -> Iterator[tuple[str, str]]:
-        """Yield (``reasoning`` | ``answer`` | ``tool_calls``, text) pieces of the answer to ``prompt``."""
+        """Yield (``reasoning`` | ``answer``, text) pieces of the answer to ``prompt``; ``tool_calls`` whole, last."""
         self._messages.append({"role": "user", "content": prompt})
         self.last = {"text_output": "", "reasoning_output": "", "tool_calls": []}
         fields = {"messages": json.dumps(self._messages, ensure_ascii=False)} | self._fields
         for response in stream(self._url, fields, timeout_s=self._timeout_s):
-            calls = response.pop("tool_calls", "")
-            pieces = [
-                ("reasoning", response.pop("reasoning_output", "")),
-                ("answer", response.pop("text_output", "")),
-                ("tool_calls", calls),
-            ]
+            calls = json.loads(response.pop("tool_calls", "") or "[]")
+            pieces = [("reasoning", response.pop("reasoning_output", "")), ("answer", response.pop("text_output", ""))]
             self.last["reasoning_output"] += pieces[0][1]
             self.last["text_output"] += pieces[1][1]
-            self.last["tool_calls"] += json.loads(calls) if calls else []
+            _join_calls(self.last["tool_calls"], calls)
             self.last |= response
             yield from (piece for piece in pieces if piece[1])
+        if self.last["tool_calls"]:
+            yield "tool_calls", json.dumps(self.last["tool_calls"], ensure_ascii=False)
         self._messages.append({"role": "assistant", "content": self.last["text_output"]})
+
+
+def _join_calls(calls: list[dict[str, Any]], deltas: list[dict[str, Any]]) -> None:
+    """Add ``deltas`` to the ``calls`` so far: the first of a call has its name, the others more of its arguments."""
+    for delta in deltas:
+        if "name" in delta:
+            calls.append({key: delta[key] for key in ("id", "name", "arguments")})
+        else:
+            calls[delta["index"]]["arguments"] += delta["arguments"]

@@ -13,6 +13,7 @@ TOOL = {"type": "function", "function": {"name": "f"}}
 _OPENAI_NAMES = {
     "text_input": "prompt",
     "stop_words": "stop",
+    "stop_words[1]": "stop[1]",
     "reasoning_mode": "reasoning.enabled",
     "max_thinking_tokens": "reasoning.max_tokens",
 }
@@ -113,6 +114,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "max_thinking_tokens": -(2**31)}, "max_thinking_tokens"),
     # lists and texts
     ({"messages": HI, "stop_words": ["x"] * 65}, "stop_words"),
+    ({"messages": HI, "stop_words": ["x", "y" * 1001]}, "stop_words[1]"),
+    ({"messages": HI, "top_k": 1025}, "top_k"),
     ({"text_input": ""}, "text_input"),
     ({"text_input": "x" * 4001}, "text_input"),
     ({"text_input": "x" * 3000, "max_tokens": 2000}, "max_tokens"),

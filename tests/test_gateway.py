@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import socket
@@ -13,9 +14,11 @@ import urllib.request
 import openai
 import pytest
 
+from nemobuild.conversation import Conversation
 from nemobuild.errors import UsageError
 from nemobuild.gateway.keys import make_key, read_keys
 from nemobuild.gateway.process import GatewayProcess, listening, url_of
+from nemobuild.gateway.upstream import Upstream
 from nemobuild.triton.launch import Endpoint
 from tests.gateway_road import ANSWER, CALLS, ENDLESS, HI, LOOP, MODEL, OFF_ANSWER, REASONING, Road, served, write_road
 
@@ -174,6 +177,59 @@ def test_log_probabilities_name_every_token(client):
         data = b"".join(bytes(item.bytes) for item in content)
         assert data.decode() == OFF_ANSWER + "<|eot_id|>"
         assert all(-0.01 < item.logprob <= 0 for item in content)
+
+
+@pytest.mark.parametrize("how", [{}, OFF])
+def test_no_log_probability_is_lost_on_the_way(client, how):
+    """Tokens that are a part of a character bring no text, and may come in a response of their own."""
+    for _ in range(10):
+        chunks = list(create(client, **how, logprobs=True, stream=True, stream_options={"include_usage": True}))
+        count = sum(len(c.choices[0].logprobs.content) for c in chunks if c.choices and c.choices[0].logprobs)
+        assert count == chunks[-1].usage.completion_tokens
+
+
+def test_tool_calls_in_a_conversation_of_the_command_line(road, tmp_path):
+    (tmp_path / "tools.json").write_text(json.dumps(TOOLS))
+    talk = Conversation(road.triton.grpc_url, {"reasoning_mode": "on"}, tools=tmp_path / "tools.json")
+    pieces = list(talk.ask("Hi"))
+    assert [kind for kind, _ in pieces].count("tool_calls") == 1 and pieces[-1][0] == "tool_calls"
+    said = [(call["name"], json.loads(call["arguments"])) for call in json.loads(pieces[-1][1])]
+    assert said == [(call["name"], call["arguments"]) for call in json.loads(CALLS)]
+
+
+def test_a_reader_that_takes_its_time_is_not_taken_for_a_silent_server(road):
+    async def read():
+        upstream, pieces = Upstream(road.triton.grpc_url), 0
+        try:
+            async for _ in upstream.ask({"text_input": LOOP, "max_tokens": 300, "stream": True}, silence_s=1.0):
+                pieces += 1
+                if pieces == 1:
+                    await asyncio.sleep(2.5)
+        finally:
+            await upstream.close()
+        return pieces
+
+    assert asyncio.run(read()) > 1
+
+
+def test_half_a_body_is_no_fault_of_the_gateway(road, keys):
+    host, port = road.url.removeprefix("http://").split(":")
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {keys[1]}\r\n"
+    with socket.create_connection((host, int(port))) as half:
+        half.sendall(f"{head}Content-Type: application/json\r\nContent-Length: 99\r\n\r\n{{".encode())
+    end = time.monotonic() + 20
+    while '"client_left"' not in road.gateway_log.read_text() and time.monotonic() < end:
+        time.sleep(0.1)
+    text = road.gateway_log.read_text()
+    assert '"client_left"' in text and "Traceback" not in text
+
+
+def test_a_list_of_a_million_wrong_things_is_refused_at_the_first(road, keys):
+    body = json.dumps({"model": MODEL, "messages": HI, "stop": [1] * 1_000_000}).encode()
+    begin = time.monotonic()
+    status, _, text = raw(road, "/v1/chat/completions", body, keys[1])
+    assert status == 400 and json.loads(text)["error"]["param"] == "stop[0]"
+    assert time.monotonic() - begin < 5  # it took ten, and gigabytes, to list all that is wrong
 
 
 def test_a_raw_completion(client):

@@ -48,7 +48,10 @@ class Service:
         command += ["--log", str(folder / "triton.log")]
         for name in ("http", "grpc", "metrics"):
             command += [f"--{name}-port", str(getattr(endpoint, f"{name}_port"))]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A proxy that is not there: none of what runs on this machine may ask for it.
+        env = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+        env |= {"http_proxy": "http://127.0.0.1:9", "https_proxy": "http://127.0.0.1:9"}
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
         text = ""
         while not text.endswith("}\n"):
             line = self.process.stdout.readline()

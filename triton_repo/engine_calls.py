@@ -241,7 +241,7 @@ class GrpcEngine:
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
         self._grpc, self._messages = grpc, service_pb2
-        self._channel = grpc.insecure_channel(_own_address())
+        self._channel = grpc.insecure_channel(_own_address(), [("grpc.enable_http_proxy", 0)])
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     def begin(self, arrays, events):

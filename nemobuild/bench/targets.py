@@ -131,7 +131,8 @@ class _Api:
 
 def _outputs(chunk: dict[str, Any]) -> dict[str, Any]:
     if "error" in chunk:
-        raise Failed(_short(str(chunk["error"].get("message", chunk["error"]))))
+        error = chunk["error"]
+        raise Failed(_short(str(error.get("message", error) if isinstance(error, dict) else error)))
     found: dict[str, Any] = {}
     for choice in chunk.get("choices") or ():
         delta = choice.get("delta") or {}

@@ -18,6 +18,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
     reasoning: Annotated[str | None, typer.Option(help="on, off or auto.")] = None,
     max_tokens: Annotated[int | None, typer.Option(help="Bound on all generated tokens.")] = None,
+    max_thinking_tokens: Annotated[int | None, typer.Option(help="Bound on the tokens of the reasoning.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Between 0 and 1.")] = None,
     seed: Annotated[int | None, typer.Option(min=0, help="The same seed gives the same answer.")] = None,
@@ -36,6 +37,7 @@ def chat(
     fields: dict[str, Any] = {
         "reasoning_mode": reasoning,
         "max_tokens": max_tokens,
+        "max_thinking_tokens": max_thinking_tokens,
         "temperature": temperature,
         "top_p": top_p,
         "seed": seed,

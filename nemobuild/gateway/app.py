@@ -18,6 +18,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect
 
 from nemobuild.gateway import GatewayConfig
 from nemobuild.gateway.errors import ApiError
@@ -147,6 +148,8 @@ class Gateway:
 
         try:
             await asyncio.wait_for(read(), _BODY_TIMEOUT_S)
+        except ClientDisconnect:
+            raise ApiError(499, "the client left", code="client_left") from None
         except asyncio.TimeoutError:
             raise ApiError(408, f"the body did not arrive in {_BODY_TIMEOUT_S:.0f} s", code="timeout") from None
         if size > limit:

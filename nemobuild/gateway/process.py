@@ -15,7 +15,6 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +23,7 @@ from nemobuild.engine.process import die_with_parent, end_group
 from nemobuild.errors import ChildFailed, ToolchainError, UsageError, from_os_error
 from nemobuild.gateway import GatewayConfig
 from nemobuild.gateway.keys import read_keys
+from nemobuild.local import open_local
 from nemobuild.triton.launch import Endpoint
 
 DEFAULT_PORT = 8080
@@ -149,7 +149,7 @@ class GatewayProcess:
         while True:
             if (status := self._process.poll()) is not None:
                 raise self._died(status)
-            with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=1):
+            with contextlib.suppress(OSError), open_local(url, timeout_s=1):
                 return
             if time.monotonic() - self._started_s > _START_TIMEOUT_S:
                 self.stop()

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, FailFast, Field, ValidationError
 from pydantic_core import from_json
 
 from nemobuild.errors import nearest
@@ -97,7 +97,7 @@ class _Generation(_Strict):
     repetition_penalty: float | None = None
     seed: int | None = None
     min_tokens: int | None = None
-    stop: Annotated[list[str], BeforeValidator(_as_list)] = Field(default_factory=list)
+    stop: Annotated[list[str], FailFast(), BeforeValidator(_as_list)] = Field(default_factory=list)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -168,7 +168,7 @@ class ChatRequest(_Generation):
 class CompletionRequest(_Generation):
     """The body of ``/v1/completions``: a raw prompt, control tokens included."""
 
-    prompt: Annotated[list[str], BeforeValidator(_as_list)]
+    prompt: Annotated[list[str], FailFast(), BeforeValidator(_as_list)]
     echo: bool = False
     logprobs: int | None = None
 

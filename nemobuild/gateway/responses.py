@@ -12,7 +12,8 @@ from nemobuild.gateway.requests import Asked
 
 # A token's id -> the bytes that it stands for.
 TokenBytes = Callable[[int], bytes]
-_VISIBLE = ("reasoning_output", "text_output", "tool_calls", "finish_reason")
+# Ids come when log-probabilities were asked for; a token that is a part of a character has one, and no text yet.
+_VISIBLE = ("reasoning_output", "text_output", "tool_calls", "finish_reason", "token_ids")
 
 
 class Answer:

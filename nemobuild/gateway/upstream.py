@@ -9,11 +9,11 @@ from __future__ import annotations
 import asyncio
 import re
 import struct
-import urllib.request
 from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from nemobuild.gateway.errors import ApiError
+from nemobuild.local import DIRECT_CHANNEL, open_local
 from nemobuild.runtime.fields import BY_NAME, OUTPUTS, RequestError
 
 _CONTENTS = {"INT32": "int_contents", "UINT64": "uint64_contents", "FP32": "fp32_contents", "BOOL": "bool_contents"}
@@ -30,9 +30,8 @@ class Upstream:
         import grpc
         from tritonclient.grpc import service_pb2, service_pb2_grpc
 
-        options = [("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1)]
         self._grpc, self._messages = grpc, service_pb2
-        self._channel = grpc.aio.insecure_channel(url, options)
+        self._channel = grpc.aio.insecure_channel(url, DIRECT_CHANNEL)
         self._triton = service_pb2_grpc.GRPCInferenceServiceStub(self._channel)
 
     async def close(self) -> None:
@@ -66,7 +65,10 @@ class Upstream:
                 if response.error_message:
                     raise _refusal(response.error_message)
                 if response.infer_response.outputs:
+                    silence.paused = True  # what the reader takes its time for is not the server's silence
                     yield _outputs(response.infer_response)
+                    silence.paused = False
+                    silence.broken()
         except self._grpc.aio.AioRpcError as error:
             raise ApiError(503, f"the model server is gone: {error.details()}", code="no_server") from error
         except asyncio.CancelledError:
@@ -84,7 +86,7 @@ class _Silence:
     def __init__(self, limit_s: float | None, act: Callable[[], object]) -> None:
         self._loop = asyncio.get_running_loop()
         self._act = act
-        self.too_long = False
+        self.too_long = self.paused = False
         self.broken()
         self._timer = None if limit_s is None else self._loop.call_later(limit_s, self._look, limit_s)
 
@@ -97,7 +99,7 @@ class _Silence:
             self._timer.cancel()
 
     def _look(self, limit_s: float) -> None:
-        left_s = self._heard_s + limit_s - self._loop.time()
+        left_s = limit_s if self.paused else self._heard_s + limit_s - self._loop.time()
         if left_s > 0:
             self._timer = self._loop.call_later(left_s, self._look, limit_s)
             return
@@ -108,7 +110,7 @@ class _Silence:
 def _given_up(metrics_url: str) -> bool:
     """Whether the watchdog of ``chat`` says that the engine hangs."""
     try:
-        with urllib.request.urlopen(metrics_url, timeout=_READY_TIMEOUT_S) as response:
+        with open_local(metrics_url, timeout_s=_READY_TIMEOUT_S) as response:
             return any(line.startswith(_HEALTHY) and float(line.split()[-1]) == 0 for line in response)
     except (OSError, ValueError):
         return False  # a Triton whose metrics are closed

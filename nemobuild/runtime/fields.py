@@ -48,7 +48,7 @@ INPUTS: tuple[Field, ...] = (
     Field("timeout_ms", "INT32", "chat: an answer that is not whole in time is given up", low=1, as_parameter=True),
     Field("max_tokens", "INT32", "bound on all generated tokens", low=1),
     Field("min_tokens", "INT32", "no end token before this many tokens", low=0),
-    Field("top_k", "INT32", "sample from the k likeliest tokens; 0 is off, 1 is greedy", low=0),
+    Field("top_k", "INT32", "sample from the k likeliest tokens; 0 is off, 1 is greedy", low=0, high=1024),
     Field("temperature", "FP32", "0 is greedy", low=0, high=100),
     Field("top_p", "FP32", "sample from the smallest set with this probability", low=0, high=1),
     Field("repetition_penalty", "FP32", "above 1 discourages tokens of prompt and answer", low=1e-3, high=100),
@@ -84,6 +84,7 @@ OUTPUTS: tuple[Field, ...] = (
 BY_NAME = {field.name: field for field in INPUTS}
 PARAMETERS = tuple(field.name for field in INPUTS if field.as_parameter)
 MAX_LIST_ITEMS = 64
+MAX_WORD_CHARACTERS = 1000
 
 
 def check_value(field: Field, value: Any) -> Any:

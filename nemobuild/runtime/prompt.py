@@ -49,6 +49,8 @@ class PromptBuilder:
         added = tokenizer.get_added_tokens_decoder().values()
         specials = sorted((t.content for t in added if t.special), key=len, reverse=True)
         self._special = re.compile("|".join(map(re.escape, specials))) if specials else None
+        policy = settings.reasoning
+        self._directives = (policy.off, policy.on) if policy.switch == "directive" else ()
         bos = settings.bos_token
         self._bos_id = tokenizer.token_to_id(bos) if bos else None
         self._adds_bos = self._bos_id is not None and tokenizer.encode("a").ids[:1] == [self._bos_id]
@@ -67,7 +69,8 @@ class PromptBuilder:
         if self._template is None:
             raise RequestError("messages", "this model has no chat template; send text_input")
         messages = _map_strings(messages, self._protect)
-        if mode == "auto" and not _says_mode(messages[0], self._settings.reasoning):
+        said = _said_mode(messages[0], self._settings.reasoning)
+        if mode == "auto" and said is None:
             mode = self._settings.default_mode
         messages = self._switch(messages, mode)
         try:
@@ -83,7 +86,7 @@ class PromptBuilder:
         ids = self._encode(rendered)
         if self._bos_id is not None and ids[:2] == [self._bos_id, self._bos_id]:
             ids = ids[1:]
-        return self._finished(_MARKS.sub("", rendered), ids, mode)
+        return self._finished(_MARKS.sub("", rendered), ids, said or mode if mode == "auto" else mode)
 
     def _switch(self, messages: list[dict[str, Any]], mode: str) -> list[dict[str, Any]]:
         """Tell the model the mode, in the way its policy says, in the first system message."""
@@ -110,7 +113,15 @@ class PromptBuilder:
         text = _MARKS.sub("", text)
         if self._special is None:
             return text
-        return self._special.sub(lambda m: f"{_LITERAL_BEGIN}{m[0]}{_LITERAL_END}", text)
+        rest = self._special.sub("\0", text)
+        for directive in self._directives:
+            rest = rest.replace(directive, "")
+        grows = self._special.search(rest) is not None
+        text = self._special.sub(lambda m: f"{_LITERAL_BEGIN}{m[0]}{_LITERAL_END}", text)
+        if grows:  # to a control token, when the template deletes the directives; so leave something in their place
+            for directive in self._directives:
+                text = text.replace(directive, f"{directive}{_LITERAL_BEGIN}{_LITERAL_END}")
+        return text
 
     def _encode(self, rendered: str) -> list[int]:
         ids: list[int] = []
@@ -139,14 +150,19 @@ def _encode(tokenizer: Tokenizer, text: str) -> list[int]:
     return list(tokenizer.encode_batch([text], add_special_tokens=False)[0].ids)
 
 
-def _says_mode(message: dict[str, Any], policy: ReasoningPolicy) -> bool:
-    """Does a first message choose the mode in the model's own words? Then no default replaces them."""
+def _said_mode(message: dict[str, Any], policy: ReasoningPolicy) -> str | None:
+    """The mode that a first message chooses in the model's own words, if any; then no default replaces them."""
     if message["role"] != "system" or policy.switch == "none":
-        return False
+        return None
     words: str = message["content"]
-    if policy.switch == "directive":
-        return _alone((policy.off, policy.on)).search(words) is not None
-    return _without_line(words, (policy.on, policy.off)) != words
+    for mode, phrase in (("off", policy.off), ("on", policy.on)):
+        if policy.switch == "directive":  # the template finds it wherever it stands; but "/thinking" is a word
+            found = re.search(rf"{re.escape(phrase)}(?!\w)", words) is not None
+        else:
+            found = _without_line(words, (phrase,)) != words
+        if found:
+            return mode
+    return None
 
 
 def _alone(directives: tuple[str, ...]) -> re.Pattern[str]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .budget import longest_reasoning
-from .fields import BY_NAME, MAX_LIST_ITEMS, PARAMETERS, RequestError, check_value
+from .fields import BY_NAME, MAX_LIST_ITEMS, MAX_WORD_CHARACTERS, PARAMETERS, RequestError, check_value
 from .messages import parse_messages, parse_tools
 from .prompt import MODES, Prompt, PromptBuilder
 from .settings import Settings
@@ -156,6 +156,9 @@ def _check_size(name: str, value: Any, settings: Settings) -> None:
 
 
 def _words(values: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    for at, word in enumerate(values.get(name, ())):
+        if len(word) > MAX_WORD_CHARACTERS:
+            raise RequestError(f"{name}[{at}]", f"{len(word)} characters, the limit is {MAX_WORD_CHARACTERS}")
     return tuple(word for word in values.get(name, ()) if word)
 
 

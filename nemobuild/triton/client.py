@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from nemobuild.errors import ChildFailed, NemobuildError, RemoteError, UsageError, nearest
+from nemobuild.local import DIRECT_CHANNEL
 from nemobuild.runtime.fields import BY_NAME
 
 _NUMPY: dict[str, Any] = {"INT32": np.int32, "FP32": np.float32, "UINT64": np.uint64, "BOOL": np.bool_}
@@ -30,7 +31,7 @@ def stream(
     inputs = [_input(grpc, name, value) for name, value in fields.items()]
     arrived: queue.Queue[tuple[Any, Any]] = queue.Queue()
     finished = False
-    client = grpc.InferenceServerClient(url)
+    client = grpc.InferenceServerClient(url, channel_args=DIRECT_CHANNEL)
     try:
         # Named as tritonclient calls it back.
         client.start_stream(callback=lambda result, error: arrived.put((result, error)))

@@ -17,13 +17,13 @@ import signal
 import socket
 import subprocess
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemobuild.engine.foreign import explain, tail
 from nemobuild.engine.process import die_with_parent, end_group
 from nemobuild.errors import ChildFailed, NemobuildError, UsageError, from_os_error
+from nemobuild.local import open_local
 from nemobuild.triton.client import stream
 from nemobuild.triton.guard import guard_reason, guarded
 from nemobuild.triton.launch import DEFAULT_PORTS, Emitted, Endpoint, Launch, Where, choose_launch, read_emitted
@@ -179,10 +179,10 @@ def _wait_ready(
 def _says_ready(endpoint: Endpoint, server_id: str) -> bool:
     """Whether the server at the endpoint is the one that we started, and says that its models are loaded."""
     try:
-        with urllib.request.urlopen(f"{endpoint.http_url}/v2", timeout=1) as response:
+        with open_local(f"{endpoint.http_url}/v2", timeout_s=1) as response:
             if json.loads(response.read(1 << 16)).get("name") != server_id:
                 return False
-        with urllib.request.urlopen(f"{endpoint.http_url}/v2/health/ready", timeout=1) as response:
+        with open_local(f"{endpoint.http_url}/v2/health/ready", timeout_s=1) as response:
             return bool(response.status == 200)
     except (OSError, ValueError):
         return False
