@@ -147,6 +147,25 @@ def test_a_reader_who_scrolled_up_stays_there(page):
     page.keyboard.press("Escape")
 
 
+def test_a_question_that_was_refused_comes_back_and_is_not_asked_again(page):
+    page.get_by_text("More settings").click()
+    page.get_by_label("Tokens at most").fill("9999999")
+    say(page, "the first")
+    assert "max_completion_tokens" in page.get_by_role("alert").inner_text()
+    assert page.get_by_role("textbox", name="Message", exact=True).input_value() == "the first"
+    page.get_by_label("Tokens at most").fill("")
+    assert [m["content"] for m in say(page, "the second")["messages"]] == ["the second"]
+    assert page.locator(".answer").inner_text().startswith(ANSWER)
+
+
+def test_the_focus_stays_where_the_reader_put_it(page):
+    page.get_by_role("textbox", name="Message", exact=True).fill("Hi")
+    page.evaluate("document.getElementById('form').requestSubmit(); document.getElementById('mode').focus()")
+    page.wait_for_selector(".answer")
+    page.wait_for_selector("#log[aria-busy=false]")
+    assert page.evaluate("document.activeElement.id") == "mode"
+
+
 @pytest.mark.parametrize("how", ["button", "escape"])
 def test_an_answer_is_stopped_and_the_conversation_goes_on(page, how):
     page.get_by_label("Reasoning").select_option("off")
