@@ -31,7 +31,7 @@ from nemobuild.units import format_bytes
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("profiles", "inspect", "plan", "fetch", "convert", "verify", "build"),
-    *("repo", "repo emit", "repo check", "serve", "key", "chat", "doctor"),
+    *("repo", "repo emit", "repo check", "serve", "key", "chat", "bench", "doctor"),
 )
 # One of each runtime: the others differ in their limits only.
 GOLDEN_REPOSITORIES = ("smollm2-nas-cpu", "super-49b-v1.5-h100-fp8", "super-49b-v1.5-h100-fp8-llmapi")

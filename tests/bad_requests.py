@@ -114,8 +114,13 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": HI, "max_thinking_tokens": -(2**31)}, "max_thinking_tokens"),
     # lists and texts
     ({"messages": HI, "stop_words": ["x"] * 65}, "stop_words"),
+    (
+        {"messages": HI, "tools": json.dumps([{"type": "function", "function": {"name": "f", "strict": True}}])},
+        "tools[0].function.strict",
+    ),
     ({"messages": HI, "stop_words": ["x", "y" * 1001]}, "stop_words[1]"),
     ({"messages": HI, "top_k": 1025}, "top_k"),
+    ({"messages": HI, "temperature": 1e-30}, "temperature"),
     ({"text_input": ""}, "text_input"),
     ({"text_input": "x" * 4001}, "text_input"),
     ({"text_input": "x" * 3000, "max_tokens": 2000}, "max_tokens"),

@@ -22,8 +22,13 @@ HIDDEN = 1024
 CLOSED = "</think>\n\n"  # one token, so that a prompt with reasoning off ends differently
 
 
-def write_scripted(folder: Path, scripts: dict[str, str], template: str, loops: tuple[str, ...] = ()) -> Path:
-    """``scripts``: cue -> text. A cue in ``loops`` says its text again and again and never ends."""
+def write_scripted(
+    folder: Path, scripts: dict[str, str], template: str, loops: tuple[str, ...] = (), spelled: str = ""
+) -> Path:
+    """``scripts``: cue -> text. A cue in ``loops`` says its text again and again and never ends.
+
+    ``spelled``: after the first letter of it come the others, a token each, and a control token.
+    """
     alphabet = dict(zip(_alphabet_by_byte(), range(256), strict=True))
     letters = {byte: letter for letter, byte in _byte_of().items()}
     vocab = {letter: i for i, letter in enumerate(alphabet)}
@@ -45,6 +50,9 @@ def write_scripted(folder: Path, scripts: dict[str, str], template: str, loops: 
         path = [tokenizer.encode(cue, add_special_tokens=False).ids[-1], *chain]
         successor |= dict(pairwise(path))
         successor[path[-1]] = path[1] if cue in loops else end
+    if spelled:
+        letters_ids = [tokenizer.encode(letter, add_special_tokens=False).ids[-1] for letter in spelled]
+        successor |= dict(pairwise([*letters_ids, tokenizer.token_to_id("<|start_header_id|>"), end]))
     config = llama_config(
         model_type="nemotron-nas",
         architectures=["DeciLMForCausalLM"],

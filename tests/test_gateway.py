@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import contextlib
 import json
 import socket
 import threading
@@ -437,3 +438,37 @@ def test_a_client_that_leaves_frees_its_slot(client, streamed):
         short = endless | {"max_tokens": 4}
         done = list(pool.map(lambda _: client.completions.create(**short).choices[0].text, range(16)))
     assert all(done) and time.monotonic() - begin < 10
+
+
+def test_what_finds_no_place_is_told_to_come_again(road, keys):
+    """16 run and 16 wait; the next is refused, with the status that makes clients try again."""
+    host, port = road.url.removeprefix("http://").split(":")
+    body = json.dumps({"model": MODEL, "prompt": LOOP, "max_tokens": 20_000, "stream": True}).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {keys[1]}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    ask = {"model": MODEL, "prompt": LOOP, "max_tokens": 1}
+    with contextlib.ExitStack() as held:
+        for _ in range(32):
+            held.enter_context(socket.create_connection((host, int(port)))).sendall(head.encode() + body)
+        end = time.monotonic() + 30
+        while (answer := raw(road, "/v1/completions", ask, keys[1]))[0] == 200 and time.monotonic() < end:
+            pass
+    status, headers, text = answer
+    assert (status, headers["retry-after"]) == (429, "1")
+    assert json.loads(text)["error"] | {"message": ""} == {
+        "message": "",
+        "type": "rate_limit_error",
+        "param": None,
+        "code": "server_busy",
+    }
+    end = time.monotonic() + 30
+    while raw(road, "/v1/completions", ask, keys[1])[0] != 200 and time.monotonic() < end:
+        time.sleep(0.1)
+    assert raw(road, "/v1/completions", ask, keys[1])[0] == 200
+
+
+def test_a_key_file_whose_last_line_is_open_gets_a_line_more(tmp_path):
+    make_key(tmp_path / "keys", "one")
+    (tmp_path / "keys").write_text((tmp_path / "keys").read_text().rstrip("\n"))
+    make_key(tmp_path / "keys", "two")
+    assert sorted(read_keys(tmp_path / "keys").values()) == ["one", "two"]

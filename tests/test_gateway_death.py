@@ -164,9 +164,14 @@ def test_a_killed_serve_leaves_nothing_behind(repository, tmp_path):
     service = Service(repository, tmp_path)
     everything = service.children("")
     assert len(everything) > 4
+    threads, _ = endless_streams(service)
     service.process.kill()
     service.process.communicate(timeout=30)
+    regions = Path("/dev/shm").glob(f"nemobuild_{service.process.pid}_*")
     end = time.monotonic() + 30
-    while alive(everything) and time.monotonic() < end:
+    while (alive(everything) or any(regions)) and time.monotonic() < end:
         time.sleep(0.2)
-    assert not alive(everything)
+        regions = Path("/dev/shm").glob(f"nemobuild_{service.process.pid}_*")
+    assert not alive(everything) and not list(regions)
+    for thread in threads:
+        thread.join(30)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import concurrent.futures
 import json
 import os
@@ -13,7 +14,9 @@ import urllib.request
 import pytest
 
 from nemobuild.errors import NemobuildError
+from nemobuild.gateway.errors import ApiError
 from nemobuild.gateway.process import GatewayProcess, listening, url_of
+from nemobuild.gateway.upstream import Upstream
 from nemobuild.triton.client import stream
 from nemobuild.triton.guard import stubs
 from nemobuild.triton.server import choose_endpoint, running
@@ -78,6 +81,9 @@ def test_an_engine_that_hangs(repository, tmp_path, way):
                     failure, stream(endpoint.grpc_url, {"text_input": "x", "timeout_ms": 500}, timeout_s=90)
                 )
                 whole = pool.submit(asked, url, "/v1/chat/completions", {"model": MODEL, "messages": HI})
+                with pytest.raises(ApiError) as silent:
+                    asyncio.run(first_piece(endpoint.grpc_url, {"text_input": "x", "stream": True}, silence_s=0.3))
+                assert (silent.value.status, silent.value.code) == (504, "timeout")
                 assert "timeout_ms: the answer was not whole after 500 ms" in late.result(90)
                 assert "the engine does not answer" in failure(endless)
                 assert within(lambda: asked(url, "/health")[0] == 503)
@@ -93,6 +99,14 @@ def test_an_engine_that_hangs(repository, tmp_path, way):
             assert asked(url, "/v1/chat/completions", {"model": MODEL, "messages": HI})[0] == 200
         finally:
             gateway.stop()
+
+
+async def first_piece(url, fields, silence_s):
+    upstream = Upstream(url)
+    try:
+        return await anext(upstream.ask(fields, silence_s))
+    finally:
+        await upstream.close()
 
 
 def failure(responses) -> str:

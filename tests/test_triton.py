@@ -51,7 +51,7 @@ MESSAGES = json.dumps([{"role": "user", "content": "Hi"}])
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("road")
-    source = write_scripted(folder / "hf", SCRIPTS, TEMPLATE, loops=("L",))
+    source = write_scripted(folder / "hf", SCRIPTS, TEMPLATE, loops=("L",), spelled="SHi")
     checkpoint = convert(open_snapshot(source), folder / "checkpoint", tp=2).output
     plan = planned(
         config=load_json(source / "config.json"),
@@ -281,6 +281,15 @@ def _completed(server) -> int:
     with urllib.request.urlopen(f"{server.http_url}/v2/models/tensorrt_llm/stats", timeout=10) as response:
         stats = json.loads(response.read())["model_stats"][0]["inference_stats"]
     return int(stats["success"]["count"]) + int(stats["fail"]["count"])
+
+
+@pytest.mark.parametrize(("word", "text"), [("<|start_header_id|>", "Hi"), ("SH", "H")])
+def test_a_stop_word_that_the_text_does_not_show_ends_the_answer(server, word, text):
+    """A control token, or one that began in the prompt: the engine stops there, as TensorRT-LLM does."""
+    fields = {"text_input": "S", "temperature": 0.0}
+    assert ask(server, **fields)[0] == "Hi"
+    *_, last = answer = list(stream(server.grpc_url, fields | {"stop_words": [word]}, timeout_s=60))
+    assert "".join(r.get("text_output", "") for r in answer) == text and last["finish_reason"] == "stop"
 
 
 def _slots_are_free(server, within_s: float = 20.0) -> bool:

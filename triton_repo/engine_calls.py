@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .lane import Messages, address
+from .lane import Messages, address, end_with_server
 
 ENGINE = "tensorrt_llm"
 # What engines say when they take no more: those in Python, and Triton's own queue in front of the C++ backend.
@@ -43,6 +43,7 @@ class EngineCalls:
     """
 
     def __init__(self, way, period_s=0.2):
+        end_with_server()
         self._engine = {"lane": LaneEngine, "grpc": GrpcEngine}[way]()
         self._period_s = period_s
         self._calls = set()
@@ -132,6 +133,8 @@ class Call:
                     if end is not None:
                         if "error" in end:
                             raise _explained(end["error"])
+                        if end.get("reason") == "cancelled" and running != self._stopped:
+                            raise EngineError("the engine ended the generation early")
                         return
         finally:
             self._engine.leave(running)

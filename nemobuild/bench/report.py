@@ -76,7 +76,7 @@ def summarise(url: str, reasoning: str, load: Load, samples: Sequence[Sample]) -
             [
                 (s.arrivals_s[-1] - s.arrivals_s[0]) / (_count(s, "completion_tokens") - 1)
                 for s in spoken
-                if _count(s, "completion_tokens") > 1
+                if len(s.arrivals_s) > 1 and _count(s, "completion_tokens") > 1
             ]
         ),
         gap=times([b - a for s in spoken for a, b in pairwise(s.arrivals_s)]),

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from nemobuild.bench.load import Load, Sample, put_under_load
 from nemobuild.bench.prompts import Prompts, prompts_from_file, short_prompts, sized_prompts
 from nemobuild.bench.report import Cell, summarise
 from nemobuild.bench.targets import Target, open_target
+
+_MOST_REQUESTS = 1_000_000  # of a cell
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,7 @@ class Bench:
     seed: int = 1
     timeout_s: float = 300.0
     api_key: str | None = None
+    against_api_key: str | None = None
     model: str | None = None
 
     def fields(self, mode: str) -> dict[str, Any]:
@@ -53,15 +57,13 @@ async def _measure(bench: Bench, on_cell: Callable[[Cell], None]) -> list[Cell]:
     cells: list[Cell] = []
     async with AsyncExitStack() as stack:
         targets: list[tuple[Target, Prompts]] = []
-        for url in bench.urls:
-            target = await open_target(url, api_key=bench.api_key, model=bench.model)
+        for url, api_key in zip(bench.urls, (bench.api_key, bench.against_api_key), strict=False):
+            target = await open_target(url, api_key=api_key, model=bench.model)
             stack.push_async_callback(target.close)
             targets.append((target, await _prompts(bench, target)))
-        for mode in bench.modes:
-            for load in bench.loads:
-                for target, prompts in targets:
-                    cells.append(await _cell(bench, target, prompts, mode, load))
-                    on_cell(cells[-1])
+        for at, (mode, load, (target, prompts)) in enumerate(product(bench.modes, bench.loads, targets)):
+            cells.append(await _cell(bench, target, _others(prompts, at), mode, load))
+            on_cell(cells[-1])
     return cells
 
 
@@ -71,6 +73,11 @@ async def _prompts(bench: Bench, target: Target) -> Prompts:
     if bench.input_tokens is not None:
         return await sized_prompts(target, bench.input_tokens, bench.seed)
     return short_prompts(bench.seed)
+
+
+def _others(prompts: Prompts, cell: int) -> Prompts:
+    """``prompts`` from another place on in each cell: what was asked before would be found in the KV cache."""
+    return lambda number: prompts(cell * _MOST_REQUESTS + number)
 
 
 async def _cell(bench: Bench, target: Target, prompts: Prompts, mode: str, load: Load) -> Cell:

@@ -47,6 +47,12 @@ def bench(
     api_key: Annotated[
         str | None, typer.Option(envvar="NEMOBUILD_API_KEY", show_envvar=True, help="Key of the API.")
     ] = None,
+    against_api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="NEMOBUILD_AGAINST_API_KEY", show_envvar=True, help="Key of --against; --api-key is not sent there."
+        ),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model of the API; default: its first.")] = None,
     svg: Annotated[Path | None, typer.Option(help="Write a picture.")] = None,
     json: Json = False,
@@ -96,6 +102,7 @@ def bench(
             seed=seed,
             timeout_s=timeout_s,
             api_key=api_key,
+            against_api_key=against_api_key,
             model=model,
         ),
         show,

@@ -176,7 +176,7 @@ def make_app(config: GatewayConfig) -> Callable[..., Awaitable[None]]:
     app.add_exception_handler(HTTPException, _show_http)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _show_fault)
     if gateway.keys is None:
-        names = ["localhost", "127.0.0.1", config.host]
+        names = ["localhost", "127.0.0.1", f"[{config.host}]" if ":" in config.host else config.host]
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=names, www_redirect=False)
     return Watched(app, gateway.metrics)
 

@@ -29,10 +29,15 @@ def make_key(file: Path, name: str) -> str:
         )
     try:
         with os.fdopen(os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600), "a", encoding="utf-8") as out:
-            out.write(f"{line}\n")
+            out.write(f"{line}\n" if _ends_a_line(file) else f"\n{line}\n")
     except OSError as error:
         raise from_os_error(error, file, "writing") from error
     return key
+
+
+def _ends_a_line(file: Path) -> bool:
+    """An editor may have left the last line open."""
+    return file.read_bytes()[-1:] in (b"", b"\n")
 
 
 def read_keys(file: Path) -> dict[str, str]:

@@ -54,6 +54,7 @@ EFFORTS: dict[str, tuple[str, int | None]] = {
     "high": ("on", None),
     "xhigh": ("on", None),
 }
+_SHOWN = 100  # characters of what a client made up
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
 
 _SAME_NAME = (
@@ -129,7 +130,7 @@ class ChatRequest(_Generation):
         yield from super().fields()
         yield "messages", "messages", _dump([_without_nulls(message) for message in self.messages])
         if self.tool_choice not in (None, "auto", "none"):
-            raise wrong("tool_choice", f"{_dump(self.tool_choice)} is not supported, only 'auto' and 'none'")
+            raise wrong("tool_choice", f"{_dump(self.tool_choice)[:_SHOWN]} is not supported, only 'auto' and 'none'")
         if self.tools is not None and self.tool_choice != "none":  # a model that knows no tools calls none
             yield "tools", "tools", _dump(self.tools)
         if self.max_completion_tokens is not None:
@@ -212,12 +213,15 @@ def read_request(kind: type[Kind], body: bytes, model: str) -> Asked:
         if name in given and name not in kind.model_fields and not _is_one_of(given.pop(name), neutral):
             only = f"only {' or '.join(map(_dump, neutral))}" if neutral else "leave it out"
             raise wrong(name, f"it is not supported, {only}")
+    for name in given:
+        if name not in kind.model_fields:
+            raise wrong(name[:_SHOWN], f"there is no such field. {nearest(name[:_SHOWN], kind.model_fields)}")
     try:
         request = kind.model_validate(given)
     except ValidationError as error:
-        raise _explain(error, kind) from error
+        raise _explain(error) from error
     if request.model != model:
-        message = f"model: there is no model {request.model!r} here, only {model!r}"
+        message = f"model: there is no model {request.model[:_SHOWN]!r} here, only {model!r}"
         raise ApiError(404, message, param="model", code="model_not_found")
     triples = list(request.fields())
     fields = {field: value for field, _, value in triples}
@@ -240,14 +244,13 @@ def refused(asked: Asked, message: str) -> ApiError:
     return wrong(asked.names[field] + where[len(field) :], problem)
 
 
-def _explain(error: ValidationError, kind: type[_Generation]) -> ApiError:
+def _explain(error: ValidationError) -> ApiError:
     first = error.errors(include_url=False)[0]
     where = ""
     for key in first["loc"]:
         where += f"[{key}]" if isinstance(key, int) else f".{key}" if where else key
     if first["type"] == "extra_forbidden":
-        hint = "" if "." in where else " " + nearest(where, kind.model_fields)
-        return wrong(where, f"there is no such field.{hint}")
+        return wrong(where[:_SHOWN], "there is no such field.")
     return wrong(where, first["msg"][:1].lower() + first["msg"][1:])
 
 

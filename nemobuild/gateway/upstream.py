@@ -147,8 +147,8 @@ def _refusal(message: str) -> Exception:
     field, colon, problem = message.partition(": ")
     if colon and re.split(r"[.\[]", field)[0] in BY_NAME:
         return RequestError(field, problem)
-    if "busy" in message:
-        return ApiError(429, message, code="server_busy")
-    if "does not answer" in message:
+    if "the engine does not answer" in message:
         return ApiError(503, message, code="engine_silent")
+    if field == "chat":  # what it says of itself
+        return ApiError(429, message, code="server_busy")
     return ApiError(500, f"the model server failed: {message}", code="server_failed")

@@ -43,6 +43,8 @@ def parse_tools(text: str) -> list[dict[str, Any]]:
             raise RequestError(f"tools[{i}]", "an object with a function and its name is needed")
         if tool.get("type", "function") != "function":
             raise RequestError(f"tools[{i}].type", f"{tool['type']!r} is not supported, only 'function'")
+        if function.get("strict"):
+            raise RequestError(f"tools[{i}].function.strict", "arguments are not held to their schema; leave it out")
     return tools
 
 

@@ -19,6 +19,8 @@ from .prompt import MODES, Prompt, PromptBuilder
 from .settings import Settings
 from .splitter import ANSWER
 
+LEAST_TEMPERATURE = 0.001
+
 
 @dataclass(frozen=True, slots=True)
 class Request:
@@ -97,7 +99,7 @@ def parse_request(values: Mapping[str, Any], settings: Settings, builder: Prompt
         max_tokens=max_tokens,
         max_thinking_tokens=_thinking_budget(values, prompt, max_tokens, settings),
         min_tokens=min_tokens,
-        temperature=float(values.get("temperature", defaults.temperature)),
+        temperature=_temperature(float(values.get("temperature", defaults.temperature))),
         top_k=int(values.get("top_k", defaults.top_k)),
         top_p=float(values.get("top_p", defaults.top_p)),
         repetition_penalty=float(values.get("repetition_penalty", 1.0)),
@@ -153,6 +155,14 @@ def _check_size(name: str, value: Any, settings: Settings) -> None:
     size = sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)
     if size > settings.limits.max_request_bytes:
         raise RequestError(name, f"{size} bytes, the limit is {settings.limits.max_request_bytes}")
+
+
+def _temperature(value: float) -> float:
+    if 0 < value < LEAST_TEMPERATURE:
+        raise RequestError(
+            "temperature", f"{value:g} is too near to 0 to divide by; the least is {LEAST_TEMPERATURE}, 0 is greedy"
+        )
+    return value
 
 
 def _words(values: Mapping[str, Any], name: str) -> tuple[str, ...]:

@@ -264,7 +264,9 @@ def _readme(profile: EngineConfig, settings: Settings) -> str:
 Start it from this folder:
 
     ulimit -s 262144    # Triton copies a request's body to the stack; the usual 8 MiB are too few for long prompts
-    tritonserver --model-repository .
+    tritonserver --model-repository . --http-address 127.0.0.1 --grpc-address 127.0.0.1 --metrics-address 127.0.0.1
+
+(`nemobuild serve` also closes the routes that no client needs.)
 
 `chat` streams; `ensemble` gives whole answers. Both take `messages` (JSON) or `text_input`:
 

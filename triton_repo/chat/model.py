@@ -5,6 +5,7 @@ Python: one look-up and a few string operations. See ``outbox`` for how it leave
 """
 
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -13,10 +14,10 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 
 from .common import FINAL, Busy, TextSide, TooLate, field_values, parameter, refusal
-from .engine_calls import EngineBusy, EngineCalls, EngineError
+from .engine_calls import EngineBusy, EngineCalls
 from .lib.runtime.answer import Answer
 from .lib.runtime.engine_io import generation_tensors
-from .lib.runtime.fields import RequestError
+from .lib.runtime.fields import BY_NAME, RequestError
 from .metrics import Metrics
 from .outbox import Outbox, Sender
 from .watchdog import Watchdog, one_token
@@ -104,8 +105,8 @@ class TritonPythonModel:
             added = answer.ids[before:] if request.return_log_probs else ()
             outbox.put(delta, [0.0] * len(added), added)
             self._generate(request, answer, outbox, call, pace)
-        if not (answer.stopped or answer.cut or call.over or answer.completion_tokens >= request.max_tokens):
-            raise EngineError(f"the engine gave up after {answer.completion_tokens} tokens")
+        # An engine may also stop at a stop word that the text does not show: a control token, or one that began in the
+        # prompt. An engine that fails says so.
         outbox.put(answer.finish())
         return answer
 
@@ -154,7 +155,8 @@ class TritonPythonModel:
     def _refused(self, name, error):
         reason = _REASONS.get(type(error), "internal")
         self.metrics.add("refusals", reason)
-        _log("refusal", request_id=name, reason=reason, field=getattr(error, "field", None))
+        field = re.split(r"[.\[]", getattr(error, "field", ""))[0]  # what follows may be a user's own word
+        _log("refusal", request_id=name, reason=reason, field=field if field in BY_NAME else None)
         return refusal(error)
 
     def _probe(self):
