@@ -31,6 +31,16 @@ def _calls(*calls: Any) -> dict[str, Any]:
     return _messages(_user("x"), {"role": "assistant", "content": "", "tool_calls": list(calls)})
 
 
+def _result(call: str | None, **more: Any) -> dict[str, Any]:
+    return {"role": "tool", "content": "1"} | ({} if call is None else {"tool_call_id": call}) | more
+
+
+def _answered(*results: str | None, **more: Any) -> dict[str, Any]:
+    calls = [{"id": name, "type": "function", "function": {"name": "f", "arguments": "{}"}} for name in ("a", "b")]
+    called = {"role": "assistant", "content": "", "tool_calls": calls}
+    return _messages(_user("x"), called, *(_result(call, **more) for call in results))
+
+
 def _deep(levels: int) -> Any:
     value: Any = "x"
     for _ in range(levels):
@@ -79,7 +89,34 @@ BAD: list[tuple[dict[str, Any], str]] = [
     (_calls({"function": {"name": "f", "arguments": _deep(100)}}), "messages"),
     (_messages(_user("x " * 3000)), "messages"),
     (_messages(*[_user("x")] * 800), "messages"),
+    # what would have no effect, or go to the wrong call
+    (_messages(_user("x") | {"name": "Bob"}), "messages[0].name"),
+    (_messages(_user("x") | {"tool_call_id": "1"}), "messages[0].tool_call_id"),
+    (_messages(_user("x") | {"reasoning_content": "hm"}), "messages[0].reasoning_content"),
+    (_messages(_user([{"type": "text", "text": "a", "cache_control": {}}])), "messages[0].content[0].cache_control"),
+    (_calls({"function": {"name": ""}}), "messages[1].tool_calls[0].function"),
+    (_calls({"type": "custom", "function": {"name": "f"}}), "messages[1].tool_calls[0].type"),
+    (_calls({"index": 0, "function": {"name": "f"}}), "messages[1].tool_calls[0].index"),
+    (_calls({"function": {"name": "f", "parameters": {}}}), "messages[1].tool_calls[0].function.parameters"),
+    (_messages(_user("x"), _result("a")), "messages[1].tool_call_id"),
+    (_answered("a", "a"), "messages[3].tool_call_id"),
+    (_answered("a", "c"), "messages[3].tool_call_id"),
+    (_answered("b"), "messages[1].tool_calls"),
+    (_answered("a", None), "messages[3].tool_call_id"),
+    (_answered(None, None, None), "messages[4]"),
+    (_answered("a", "b", name="h"), "messages[2].name"),
     # tools
+    ({"messages": HI, "tools": json.dumps([TOOL | {"colour": "red"}])}, "tools[0].colour"),
+    ({"messages": HI, "tools": json.dumps([{"function": {"name": "f", "colour": 1}}])}, "tools[0].function.colour"),
+    ({"messages": HI, "tools": json.dumps([{"name": "f", "colour": 1}])}, "tools[0].colour"),
+    (
+        {"messages": HI, "tools": json.dumps([{"function": {"name": "f", "description": 5}}])},
+        "tools[0].function.description",
+    ),
+    (
+        {"messages": HI, "tools": json.dumps([{"function": {"name": "f", "parameters": "x"}}])},
+        "tools[0].function.parameters",
+    ),
     ({"messages": HI, "tools": '["f"]'}, "tools[0]"),
     ({"messages": HI, "tools": "[{}]"}, "tools[0]"),
     ({"messages": HI, "tools": "[null]"}, "tools[0]"),
@@ -135,6 +172,7 @@ BAD_FOR_TRITON: list[tuple[dict[str, Any], str]] = [
     ({"messages": ""}, "messages"),
     ({"messages": '{"role": "user"}'}, "messages"),
     ({"messages": "[" * 5000}, "messages"),
+    ({"messages": '[{"role": "user", "content": "x", "content": "y"}]'}, "messages: content"),
     ({"messages": '[{"role": "user", "content": "\\ud800"}]'}, "messages"),
     ({"messages": HI, "tools": "nonsense"}, "tools"),
     ({"messages": HI, "tools": "{}"}, "tools"),

@@ -17,18 +17,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tritonclient.grpc
 
 from benchmarks.replay.load import request, run
 from benchmarks.replay.repository import Script, train_tokenizer, write_replay
 from benchmarks.replay.texts import SENTENCES, token_streams
 from nemobuild.errors import NemobuildError
-from nemobuild.triton.client import stream
+from nemobuild.triton.client import stream, whole
 from nemobuild.triton.launch import read_emitted
 from nemobuild.triton.server import choose_endpoint, died, running
 
 pytestmark = pytest.mark.xdist_group("triton")
 FREE = (0, 0, 0)
 SLOTS, QUEUE = 8, 4
+ENDLESS = 40_000  # tokens: 200 s at the engine's pace
 THOUGHT = "\n" + "Erst überlegen. ".join(SENTENCES) + "\n"
 REPLY = "\n\nDie Antwort: สวัสดี 👩‍👩‍👧‍👦."
 SCRIPTS = {
@@ -54,7 +56,9 @@ def texts(tokenizer):
 def repository(tokenizer, texts, tmp_path_factory) -> Path:
     scripts = SCRIPTS | {f"<cue{k}>": Script(ids) for k, ids in enumerate(texts)}
     target = tmp_path_factory.mktemp("replay") / "repository"
-    return write_replay(target, tokenizer, scripts, tokens_per_s=200, slots=SLOTS, queue=QUEUE)
+    return write_replay(
+        target, tokenizer, scripts, tokens_per_s=200, slots=SLOTS, queue=QUEUE, max_context_tokens=50_000
+    )
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +203,22 @@ def test_the_engines_own_queue_is_named_when_it_is_full(grpc, tokenizer):
     assert "busy" in refused and "wait already" in refused
 
 
+@pytest.mark.parametrize("how", ["tensor", "parameter"])
+def test_the_ensemble_too_gives_up_an_answer_that_is_late(server, grpc, how):
+    """Triton's HTTP server does not see that the client of a whole answer left; a deadline frees the slot there too."""
+    if how == "tensor":
+        with pytest.raises(NemobuildError) as late:
+            list(stream(grpc, {"text_input": "<endless>", "max_tokens": ENDLESS, "timeout_ms": 1500}, model="ensemble"))
+        message = late.value.why
+    else:
+        body = json.dumps({"text_input": "<endless>", "max_tokens": ENDLESS, "timeout_ms": 1500}).encode()
+        with pytest.raises(urllib.error.HTTPError) as failed:
+            urllib.request.urlopen(f"{server[0].http_url}/v2/models/ensemble/generate", body, timeout=60)
+        message = failed.value.read().decode()
+    assert "timeout_ms: the answer was not whole after 1500 ms" in message
+    assert whole(grpc, {"text_input": "<plain>", "timeout_ms": 60_000})["text_output"] == "".join(SENTENCES)
+
+
 def _refusal(grpc: str) -> str:
     try:
         ask(grpc, "<plain>", max_tokens=1)
@@ -214,6 +234,28 @@ def test_an_engine_that_fails_is_told_apart_from_a_bad_request(server, grpc):
     assert failed.value.code == "server-failed" and "told to" in failed.value.why
     assert wait_for(lambda: metrics(server)['refusals_total{reason="internal"}'] == before + 1)
     assert ask(grpc, "<plain>")[0] == "".join(SENTENCES)
+
+
+def test_clients_that_leave_the_ensemble_free_its_slots(server, grpc):
+    """Endless answers fill all slots; when their clients leave, others are served long before those would end."""
+    client = tritonclient.grpc.InferenceServerClient(grpc)
+    values = {"text_input": ("BYTES", np.array([[b"<endless>"]], object)), "max_tokens": ("INT32", [[ENDLESS]])}
+    inputs = [tritonclient.grpc.InferInput(name, [1, 1], kind) for name, (kind, _) in values.items()]
+    for tensor, (kind, value) in zip(inputs, values.values(), strict=True):
+        tensor.set_data_from_numpy(np.array(value, object if kind == "BYTES" else np.int32))
+    calls = [client.async_infer("ensemble", inputs, lambda result, error: None) for _ in range(SLOTS + QUEUE)]
+
+    def served():
+        try:
+            return ask(grpc, "<plain>", timeout_ms=3000)[0] == "".join(SENTENCES)
+        except NemobuildError as error:
+            assert "busy" in error.why or "timeout_ms" in error.why
+            return False
+
+    assert wait_for(lambda: not served())
+    for call in calls:
+        call.cancel()
+    assert wait_for(served, 60)
 
 
 def test_metrics_count_tokens_times_answers_refusals_and_cancellations(server, grpc):
@@ -271,7 +313,7 @@ def test_the_watchdog_reports_an_engine_that_hangs_and_one_that_comes_back():
         if hang.is_set():
             goes_on.wait(10)
 
-    dog = _watchdog()(generate, told.append, period_s=0.05, timeout_s=0.2)
+    dog = _watchdog()(generate, lambda: 0, told.append, period_s=0.05, timeout_s=0.2)
     try:
         time.sleep(0.3)
         assert told == [True] and dog.healthy
@@ -284,6 +326,25 @@ def test_the_watchdog_reports_an_engine_that_hangs_and_one_that_comes_back():
         dog.close()
 
 
+def test_the_watchdog_does_not_take_a_full_engine_for_one_that_hangs():
+    told, asked, stands, goes_on = [], [], threading.Event(), threading.Event()
+
+    def progress():
+        asked.append(stands.is_set())
+        return 0 if stands.is_set() else len(asked)
+
+    dog = _watchdog()(lambda: goes_on.wait(60), progress, told.append, period_s=0.01, timeout_s=0.05)
+    try:
+        assert wait_for(lambda: len(asked) > 5) and told == [True]  # while its token waits for a place
+        stands.set()
+        assert wait_for(lambda: told == [True, False])
+        stands.clear()
+        assert wait_for(lambda: told == [True, False, True])
+    finally:
+        goes_on.set()
+        dog.close()
+
+
 def test_the_watchdog_reports_an_engine_that_refuses_once_it_has_worked():
     told, works, asked = [], threading.Event(), []
 
@@ -292,7 +353,7 @@ def test_the_watchdog_reports_an_engine_that_refuses_once_it_has_worked():
         if not works.is_set():
             raise RuntimeError("not loaded, or gone")
 
-    dog = _watchdog()(generate, told.append, period_s=0.05, timeout_s=0.2)
+    dog = _watchdog()(generate, lambda: 0, told.append, period_s=0.05, timeout_s=0.2)
     try:
         assert wait_for(lambda: len(asked) > 3, 5) and told == [True]  # it is being loaded
         works.set()

@@ -48,7 +48,7 @@ def fields(asked):
         ({"reasoning": {"effort": "none", "enabled": False}}, {"reasoning_mode": "off"}),
         ({"reasoning": {}}, {}),
         ({"logprobs": True, "top_logprobs": 0}, {"return_log_probs": True}),
-        ({"tools": [{"function": {"name": "f"}}]}, {"tools": '[{"function": {"name": "f"}}]'}),
+        ({"tools": [{"function": {"name": "f"}}]}, {"tools": '[{"function":{"name":"f"}}]'}),
         ({"tools": [{"function": {"name": "f"}}], "tool_choice": "none"}, {}),
     ],
 )

@@ -64,6 +64,7 @@ def test_whole_calls_come_out_for_every_cut(data, block):
     assert reader.calls == told == read(body)[1]
     assert [call["name"] for call in told] == [name for name, _ in said]
     for call, (_, arguments) in zip(told, said, strict=True):
+        arguments = "{}" if arguments == "" else arguments  # a client parses it as JSON
         assert arguments == (call["arguments"] if isinstance(arguments, str) else json.loads(call["arguments"]))
 
 

@@ -56,7 +56,19 @@ def field_values(request):
             raise RequestError(field.name, f"{flat.size} values, one is needed")
         else:
             values[field.name] = _text(field.name, flat[0]) if field.type == "STRING" else flat[0].item()
-    return with_parameters(values, json.loads(request.parameters() or "{}"))
+    values = with_parameters(values, json.loads(request.parameters() or "{}"))
+    if request.timeout():  # Triton's own, in microseconds
+        values.setdefault("timeout_ms", -(-request.timeout() // 1000))
+    return values
+
+
+def deadline(values, arrived):
+    """When the answer must be whole (``time.monotonic``), if ever."""
+    return arrived + values["timeout_ms"] / 1000 if "timeout_ms" in values else None
+
+
+def too_late(values):
+    return TooLate(f"timeout_ms: the answer was not whole after {values['timeout_ms']} ms")
 
 
 def respond(request_names, tensors):

@@ -23,6 +23,7 @@ ENGINE = "tensorrt_llm"
 # What engines say when they take no more: those in Python, and Triton's own queue in front of the C++ backend.
 _BUSY = ("the engine is busy", "maximum queue size")
 _GRACE_S = 2.0  # for an engine that was told to stop
+_PROGRESS_TIMEOUT_S = 10.0
 _TRITON_TYPES = {"int32": "INT32", "uint64": "UINT64", "float32": "FP32", "bool": "BOOL"}
 _GONE = {"error": "the engine ended"}
 
@@ -70,6 +71,13 @@ class EngineCalls:
             calls = list(self._calls)
         for call in calls:
             call.end({"error": why})
+
+    def progress(self):
+        """A value that changes while the engine works, for whomever; ``None`` when it does not answer."""
+        try:
+            return self._engine.progress(_PROGRESS_TIMEOUT_S)
+        except Exception:
+            return None
 
     def close(self):
         """Before the interpreter ends: afterwards Triton's memory is gone, and with it what this would touch."""
@@ -160,11 +168,9 @@ class LaneEngine:
         self._connection = None
 
     def begin(self, arrays, events):
-        with self._connecting:
-            if self._connection is None or self._connection.closed:
-                self._connection = _Connection()
-            connection = self._connection
-        return connection, connection.begin({name: array.ravel().tolist() for name, array in arrays.items()}, events)
+        connection = self._connected()
+        tensors = {name: array.ravel().tolist() for name, array in arrays.items()}
+        return connection, connection.ask({"tensors": tensors}, events)
 
     def stop(self, running):
         connection, number = running
@@ -174,9 +180,21 @@ class LaneEngine:
         connection, number = running
         connection.leave(number)
 
+    def progress(self, timeout_s):
+        events = queue.SimpleQueue()
+        self._connected().ask({"progress": True}, events)
+        (tokens,), _, _ = events.get(timeout=timeout_s)
+        return tokens
+
     def close(self):
         if self._connection is not None:
             self._connection.close()
+
+    def _connected(self):
+        with self._connecting:
+            if self._connection is None or self._connection.closed:
+                self._connection = _Connection()
+            return self._connection
 
 
 class _Connection:
@@ -192,11 +210,11 @@ class _Connection:
         self._events, self._changing = {}, threading.Lock()
         threading.Thread(target=self._read, name="lane", daemon=True).start()
 
-    def begin(self, tensors, events):
+    def ask(self, message, events):
         number = next(self._numbers)
         with self._changing:
             self._events[number] = events
-        self._send({"id": number, "tensors": tensors})
+        self._send({"id": number} | message)
         if self.closed:
             events.put(((), (), _GONE))
         return number
@@ -265,6 +283,11 @@ class GrpcEngine:
 
     def leave(self, call):
         call.cancel()
+
+    def progress(self, timeout_s):
+        """Triton's own counts: of whole generations, and of single responses where the backend reports them."""
+        request = self._messages.ModelStatisticsRequest(name=ENGINE)
+        return self._triton.ModelStatistics(request, timeout=timeout_s).SerializeToString(deterministic=True)
 
     def close(self):
         self._channel.close()

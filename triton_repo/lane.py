@@ -73,8 +73,9 @@ class Lane:
     """The side of the engine. ``start(arrays, on_chunk, request_id)`` begins a generation, or raises."""
 
     def __init__(self, start, cancel):
-        self._start, self._cancel = start, cancel
+        self.start, self.cancel = start, cancel
         self._clients = []
+        self.tokens = 0  # that the engine gave, to all who are connected
         end_with_server()
         self._socket = socket.socket(socket.AF_UNIX)
         self._socket.bind(address())
@@ -95,7 +96,7 @@ class Lane:
                 return
             credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
             if _CREDENTIALS.unpack(credentials)[1] == os.getuid():
-                self._clients.append(_Client(Messages(connection), self._start, self._cancel))
+                self._clients.append(_Client(Messages(connection), self))
             else:
                 connection.close()
 
@@ -103,8 +104,8 @@ class Lane:
 class _Client:
     """One connected model: its generations, by the numbers that it gave them."""
 
-    def __init__(self, messages, start, cancel):
-        self._messages, self._start, self._cancel = messages, start, cancel
+    def __init__(self, messages, lane):
+        self._messages, self._lane = messages, lane
         self._name = uuid.uuid4().hex
         self._running = set()
         self._events = queue.SimpleQueue()
@@ -119,25 +120,28 @@ class _Client:
             for message in self._messages:
                 if "tensors" in message:
                     self._begin(message["id"], message["tensors"])
+                elif "progress" in message:
+                    self._events.put((message["id"], (self._lane.tokens,), (), {}))
                 else:
-                    self._cancel(self._id(message["id"]))
+                    self._lane.cancel(self._id(message["id"]))
         except OSError:
             pass
         finally:
             self._events.put(None)
             for number in list(self._running):
-                self._cancel(self._id(number))
+                self._lane.cancel(self._id(number))
 
     def _begin(self, number, tensors):
         self._running.add(number)
         try:
             arrays = {name: np.array(values) for name, values in tensors.items()}
-            self._start(arrays, functools.partial(self._take, number), self._id(number))
+            self._lane.start(arrays, functools.partial(self._take, number), self._id(number))
         except Exception as error:
             self._running.discard(number)
             self._events.put((number, (), (), {"error": str(error)}))
 
     def _take(self, number, chunk):
+        self._lane.tokens += len(chunk.tokens)  # called from the engine's one thread
         end = None
         if chunk.finished:
             self._running.discard(number)

@@ -11,10 +11,14 @@ import numpy as np
 
 
 class Watchdog:
-    def __init__(self, generate, report, period_s, timeout_s):
-        """``generate()`` returns after one token or raises; ``report(healthy)`` hears of each result."""
+    def __init__(self, generate, progress, report, period_s, timeout_s):
+        """``generate()`` returns after one token or raises; ``report(healthy)`` hears of each result.
+
+        A token that does not come may be waiting for a place: ``progress()`` changes as long as others get tokens; it
+        is ``None`` when there is no answer.
+        """
         self.healthy = True
-        self._generate, self._report = generate, report
+        self._generate, self._progress, self._report = generate, progress, report
         self._period_s, self._timeout_s = period_s, timeout_s
         self._seen = None  # when the last token came
         self._closed = threading.Event()
@@ -34,9 +38,11 @@ class Watchdog:
                 continue
             done = threading.Event()
             threading.Thread(target=self._probe, args=(done,), name="probe", daemon=True).start()
-            if not done.wait(self._timeout_s):
-                self._tell(False)
-                done.wait()  # no second one beside it
+            before = self._progress()
+            while not done.wait(self._timeout_s):  # and no second one beside it
+                now = self._progress()
+                self._tell(now is not None and now != before)
+                before = now
 
     def _probe(self, done):
         try:

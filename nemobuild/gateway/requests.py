@@ -8,7 +8,7 @@ checks them, and its refusal is given back under the name that the client used.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -17,6 +17,8 @@ from pydantic_core import from_json
 
 from nemobuild.errors import nearest
 from nemobuild.gateway.errors import ApiError, wrong
+from nemobuild.runtime.fields import RequestError
+from nemobuild.runtime.messages import object_of, parse_tools
 
 # What OpenAI's API has and this server lacks -> the values that ask for nothing.
 NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
@@ -45,7 +47,7 @@ NOT_SUPPORTED: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
 }
 
-# reasoning_effort -> reasoning_mode and max_thinking_tokens; the last two think as long as the model likes.
+# reasoning_effort -> reasoning_mode and max_thinking_tokens; from "high" on the model thinks as long as it likes.
 EFFORTS: dict[str, tuple[str, int | None]] = {
     "none": ("off", None),
     "minimal": ("on", 256),
@@ -53,9 +55,10 @@ EFFORTS: dict[str, tuple[str, int | None]] = {
     "medium": ("on", 8192),
     "high": ("on", None),
     "xhigh": ("on", None),
+    "max": ("on", None),
 }
 _SHOWN = 100  # characters of what a client made up
-Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh"]
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 _SAME_NAME = (
     *("temperature", "top_p", "top_k", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -74,7 +77,7 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
-    include_usage: bool = False
+    include_usage: bool | None = None
 
 
 class Reasoning(_Strict):
@@ -110,6 +113,8 @@ class _Generation(_Strict):
             if (value := getattr(self, name)) is not None:
                 yield name, name, value
         if self.stop:
+            if "" in self.stop:
+                raise wrong("stop", "an empty string stops nothing")
             yield "stop_words", "stop", self.stop
         if self.max_tokens is not None:
             yield "max_tokens", "max_tokens", self.max_tokens
@@ -131,8 +136,12 @@ class ChatRequest(_Generation):
         yield "messages", "messages", _dump([_without_nulls(message) for message in self.messages])
         if self.tool_choice not in (None, "auto", "none"):
             raise wrong("tool_choice", f"{_dump(self.tool_choice)[:_SHOWN]} is not supported, only 'auto' and 'none'")
-        if self.tools is not None and self.tool_choice != "none":  # a model that knows no tools calls none
-            yield "tools", "tools", _dump(self.tools)
+        if self.tools is not None:
+            tools = _dump(self.tools)
+            if self.tool_choice != "none":
+                yield "tools", "tools", tools
+            else:  # a model that knows no tools calls none; but they are looked at
+                _checked(parse_tools, tools)
         if self.max_completion_tokens is not None:
             if self.max_tokens not in (None, self.max_completion_tokens):
                 raise wrong("max_tokens", "it differs from max_completion_tokens, its newer name; give one")
@@ -204,7 +213,10 @@ def read_request(kind: type[Kind], body: bytes, model: str) -> Asked:
     """Check ``body`` for the endpoint of ``kind``. Raises ``ApiError`` that names the first field that is wrong."""
     try:
         data = from_json(body, allow_inf_nan=False)
-    except ValueError as error:
+        json.loads(body, object_pairs_hook=object_of)  # the strict parser takes the last of two equal keys
+    except RequestError as error:
+        raise wrong(error.field, "this key is given twice in one object") from None
+    except (ValueError, RecursionError) as error:
         raise ApiError(400, f"the body is not valid JSON: {error}", code="invalid_json") from error
     if not isinstance(data, dict):
         raise ApiError(400, "the body must be a JSON object", code="invalid_json")
@@ -230,7 +242,7 @@ def read_request(kind: type[Kind], body: bytes, model: str) -> Asked:
         fields=fields,
         names={field: name for field, name, _ in triples},
         stream=request.stream,
-        include_usage=options.include_usage,
+        include_usage=bool(options.include_usage),
         log_probs="return_log_probs" in fields,
     )
 
@@ -254,6 +266,14 @@ def _explain(error: ValidationError) -> ApiError:
     return wrong(where, first["msg"][:1].lower() + first["msg"][1:])
 
 
+def _checked(parse: Callable[[str], Any], text: str) -> None:
+    try:
+        parse(text)
+    except RequestError as error:
+        field, _, problem = str(error).partition(": ")
+        raise wrong(field, problem) from None
+
+
 def _without_nulls(message: Any) -> Any:
     if not isinstance(message, dict):
         return message
@@ -265,4 +285,4 @@ def _is_one_of(value: Any, allowed: tuple[Any, ...]) -> bool:
 
 
 def _dump(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":"))  # no longer than what came

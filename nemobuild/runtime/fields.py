@@ -45,7 +45,7 @@ INPUTS: tuple[Field, ...] = (
         low=0,
         as_parameter=True,
     ),
-    Field("timeout_ms", "INT32", "chat: an answer that is not whole in time is given up", low=1, as_parameter=True),
+    Field("timeout_ms", "INT32", "an answer that is not whole in time is given up", low=1, as_parameter=True),
     Field("max_tokens", "INT32", "bound on all generated tokens", low=1),
     Field("min_tokens", "INT32", "no end token before this many tokens", low=0),
     Field("top_k", "INT32", "sample from the k likeliest tokens; 0 is off, 1 is greedy", low=0, high=1024),

@@ -122,10 +122,13 @@ def _prompt(values: Mapping[str, Any], settings: Settings, builder: PromptBuilde
     if "messages" in values and "text_input" in values:
         raise RequestError("messages", "give either messages or text_input, not both")
     if "messages" in values:
-        tools = parse_tools(values["tools"]) if "tools" in values else None
-        if tools and not settings.reasoning.tool_open_tag:
+        tools, knows_tools = (
+            parse_tools(values["tools"]) if "tools" in values else None,
+            bool(settings.reasoning.tool_open_tag),
+        )
+        if tools and not knows_tools:
             raise RequestError("tools", "this model's template has no tools")
-        return builder.from_messages(parse_messages(values["messages"]), tools, mode)
+        return builder.from_messages(parse_messages(values["messages"], tools=knows_tools), tools, mode)
     if "tools" in values:
         raise RequestError("tools", "tools need messages, not a raw text_input")
     if "text_input" not in values:

@@ -194,7 +194,7 @@ class _Call:
         self._kind, self._held, self._high, self._quotes = "", "", "", 1
 
     def set_name(self, name: object) -> None:
-        if self.name is not None or not isinstance(name, str):
+        if self.name is not None or not isinstance(name, str) or not name:
             raise _UnreadableError
         self.name = _whole_characters(name)
         text = "".join(self.arguments or ())
@@ -228,7 +228,7 @@ class _Call:
     def finished(self) -> dict[str, str]:
         if self.name is None:
             raise _UnreadableError
-        if self.arguments is None:
+        if not self.arguments:  # none, or an empty string
             self.arguments = []
             self._add("{}")
         return {"name": self.name, "arguments": "".join(self.arguments)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from nemobuild.plan.planner import Plan
@@ -20,10 +20,14 @@ from nemobuild.triton.contract import (
 from nemobuild.triton.pbtxt import Step, TritonModel
 
 _CONTEXT = Tensor("answer_context", "STRING")
+_TICKET = Tensor("ticket", "STRING")
+# Each step of the ensemble may wait as long as all before it, from a second on; the last one to the end. Triton looks
+# only between steps whether the client is still there: for answers of up to 17 minutes, and then no more.
+_COLLECT_STEPS = 12
 
 
 def repository_models(plan: Plan) -> tuple[TritonModel, ...]:
-    """Records of the entry models ``chat`` and ``ensemble``, of the ensemble's three steps, and of the engine."""
+    """Records of the entry models ``chat`` and ``ensemble``, of what the ensemble's steps run, and of the engine."""
     request = tuple(_field(field, optional=True) for field in INPUTS)
     answer = tuple(_field(field) for field in OUTPUTS)
     # The steps always pass every tensor of a generation, one request at a time.
@@ -31,13 +35,15 @@ def repository_models(plan: Plan) -> tuple[TritonModel, ...]:
         replace(t, optional=False, ragged=False, scalar=False) for t in by_name(ENGINE_INPUTS, GENERATION_INPUTS)
     )
     tokens = by_name(ENGINE_OUTPUTS, GENERATION_OUTPUTS)
+    timeout = tuple(t for t in request if t.name == "timeout_ms")
+    collected = (*(replace(t, optional=True) for t in (*generation, _TICKET)), *timeout)  # a ticket, or all others
     to_text = (*tokens, _CONTEXT)
     way = {"engine_way": "grpc" if plan.profile.runtime == "tensorrt" else "lane"}
     watchdog = {"watchdog_period_s": "10", "watchdog_timeout_s": "30"}
     return (
         TritonModel("chat", request, answer, decoupled=True, parameters=way | watchdog),
         TritonModel("preprocessing", request, (*generation, _CONTEXT)),
-        TritonModel("tensorrt_llm_collect", generation, tokens, parameters=way),
+        TritonModel("tensorrt_llm_collect", collected, (_TICKET, *tokens), parameters=way),
         TritonModel("postprocessing", to_text, answer),
         TritonModel(
             "ensemble",
@@ -45,12 +51,20 @@ def repository_models(plan: Plan) -> tuple[TritonModel, ...]:
             answer,
             steps=(
                 Step("preprocessing", _wires(request), _wires((*generation, _CONTEXT), inner="_")),
-                Step("tensorrt_llm_collect", _wires(generation, inner="_"), _wires(tokens, inner="_")),
+                *_collect_steps(_wires(generation, inner="_") | _wires(timeout), tokens),
                 Step("postprocessing", _wires(to_text, inner="_"), _wires(answer)),
             ),
         ),
         _engine(plan),
     )
+
+
+def _collect_steps(fed: dict[str, str], tokens: tuple[Tensor, ...]) -> Iterator[Step]:
+    """The steps that wait for one generation: the first is fed with it, the last has its tokens."""
+    for at in range(1, _COLLECT_STEPS):
+        yield Step("tensorrt_llm_collect", fed, {"ticket": f"_ticket_{at}"})
+        fed = {"ticket": f"_ticket_{at}"}
+    yield Step("tensorrt_llm_collect", fed, _wires(tokens, inner="_"))
 
 
 def _engine(plan: Plan) -> TritonModel:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import triton_python_backend_utils as pb_utils
 
-from .common import FINAL, Busy, TextSide, TooLate, field_values, parameter, refusal
+from .common import FINAL, Busy, TextSide, TooLate, deadline, field_values, parameter, refusal, too_late
 from .engine_calls import EngineBusy, EngineCalls
 from .lib.runtime.answer import Answer
 from .lib.runtime.engine_io import generation_tensors
@@ -35,7 +35,7 @@ class TritonPythonModel:
         self.calls = EngineCalls(parameter(args, "engine_way"))
         self.sender = Sender()
         period_s, timeout_s = (float(parameter(args, f"watchdog_{name}_s")) for name in ("period", "timeout"))
-        self.watchdog = Watchdog(self._probe, self._report, period_s, timeout_s)
+        self.watchdog = Watchdog(self._probe, self.calls.progress, self._report, period_s, timeout_s)
         limit = self.text.settings.limits.max_concurrent_requests
         self.slots = threading.BoundedSemaphore(limit)
         self.pool = ThreadPoolExecutor(max_workers=limit, thread_name_prefix="chat")
@@ -46,8 +46,6 @@ class TritonPythonModel:
             arrived = time.monotonic()
             try:
                 values = field_values(request)
-                if request.timeout():  # Triton's own, in microseconds
-                    values.setdefault("timeout_ms", -(-request.timeout() // 1000))
                 if not self.watchdog.healthy:
                     raise Busy("chat: the engine does not answer at present, try again later")
                 if not self.slots.acquire(blocking=False):
@@ -66,14 +64,13 @@ class TritonPythonModel:
         self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _serve(self, values, outbox, sender, name, arrived):
-        deadline = arrived + values["timeout_ms"] / 1000 if "timeout_ms" in values else None
         pace = _Pace(self.metrics, self.watchdog, arrived)
         try:
-            with self.calls.call(sender, deadline) as call:
+            with self.calls.call(sender, deadline(values, arrived)) as call:
                 request = self.text.parse(values)
                 answer = self._follow(request, outbox, call, pace)
             if call.expired and not call.cancelled:
-                raise TooLate(f"timeout_ms: the answer was not whole after {values['timeout_ms']} ms")
+                raise too_late(values)
             last = outbox.close(self._ended(name, request, answer, call, pace))
         except Exception as error:
             outbox.close()
@@ -161,9 +158,15 @@ class TritonPythonModel:
 
     def _probe(self):
         token = self.text.settings.end_token_ids[0] if self.text.settings.end_token_ids else 0
-        with self.calls.call() as call:
-            for _ in call.responses(one_token(token)):
-                pass
+        before = self.calls.progress()
+        try:
+            with self.calls.call() as call:
+                for _ in call.responses(one_token(token)):
+                    pass
+        except EngineBusy:  # full: it works if those who fill it get on
+            time.sleep(1)
+            if self.calls.progress() in (None, before):
+                raise
 
     def _report(self, healthy):
         self.metrics.put("healthy", int(healthy))

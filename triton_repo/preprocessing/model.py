@@ -19,10 +19,7 @@ class TritonPythonModel:
 
     def _one(self, request):
         try:
-            values = field_values(request)
-            if "timeout_ms" in values:
-                raise RequestError("timeout_ms", "ensemble cannot give up a step; use chat")
-            parsed = self.text.parse(values | {"stream": False})
+            parsed = self.text.parse(field_values(request) | {"stream": False})
             if parsed.max_thinking_tokens is not None:
                 raise RequestError("max_thinking_tokens", "ensemble runs the engine once and cannot cut; use chat")
             tensors = [pb_utils.Tensor(k, v) for k, v in generation_tensors(parsed, self.text.tokenizer).items()]
