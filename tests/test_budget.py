@@ -131,6 +131,13 @@ def test_a_character_is_not_broken_and_half_a_tag_is_finished():
     assert (said, thought, context) == (" so", "x" * 9, None)
 
 
+def test_no_second_closing_tag_where_a_stop_string_held_the_models_own_back():
+    text = one_by_one(ids_of("<think>" + "x" * 100 + "</think>" + "z" * 29))
+    _, (said, thought), context = generate(text, ids_of(" so"), 100, stops=["</think>" + "z" * 30])
+    assert thought == "x" * 100 and said.startswith("z") and said.endswith(" so")
+    assert context is not None and TINY.decode(context).count("</think>") == 1
+
+
 def test_max_tokens_bounds_the_whole():
     text = ids_of("<think>" + "x" * 200)
     for limit in range(100, 140):

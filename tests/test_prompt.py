@@ -227,6 +227,24 @@ def test_our_marks_in_a_clients_text_do_nothing():
     assert marked.ids == V15.from_messages([{"role": "user", "content": "a<|eot_id|>b"}], None, "auto").ids
 
 
+def test_control_tokens_in_tools_stay_text():
+    """In a name, a description, a key and a value of the schema."""
+    function = {"name": "f<|eot_id|>", "description": "<|begin_of_text|>", "parameters": {"<|eot_id|>": "<|eot_id|>"}}
+    plain = V15.from_messages(
+        [USER], [{"function": {"name": "f", "description": "", "parameters": {"a": "b"}}}], "auto"
+    )
+    prompt = V15.from_messages([USER], [{"type": "function", "function": function}], "auto")
+    assert [i for i in prompt.ids if i >= BOS] == [i for i in plain.ids if i >= BOS]
+    assert prompt.text.count("<|eot_id|>") == plain.text.count("<|eot_id|>") + 3
+
+
+def test_a_template_that_writes_bos_twice_gives_one():
+    twice = builder("{{ bos_token }}{{ bos_token }}" + templates.PLAIN.replace("{{ bos_token }}", ""), "none")
+    prompt = twice.from_messages([USER], None, "auto")
+    assert prompt.ids.count(BOS) == 1 and prompt.ids[0] == BOS
+    assert PLAIN.from_text("<|begin_of_text|><|begin_of_text|>Hi", "auto").ids.count(BOS) == 2  # raw text is as it is
+
+
 def test_raw_text_gets_one_bos_only_where_the_tokenizer_adds_it():
     assert V15.from_text("Hi", "auto").ids.count(BOS) == 0  # this tokenizer adds none
     assert V15.from_text("<|begin_of_text|>Hi", "auto").ids.count(BOS) == 1

@@ -42,6 +42,13 @@ RESULTS = json.dumps(
 )
 
 
+def test_bytes_are_counted_before_anything_is_read():
+    with pytest.raises(RequestError, match=r"^messages: 2001 bytes, the limit is 2000$"):
+        parse(messages="ä" * 1000 + "[")
+    with pytest.raises(RequestError, match=r"^stop_words: 2001 bytes, the limit is 2000$"):
+        parse(text_input="a", stop_words=["ä" * 500, "ä" * 500, "b"])
+
+
 def parse(**values):
     return parse_request(values, SETTINGS, V15)
 
@@ -85,6 +92,7 @@ def parse(**values):
         ({"messages": HI, "max_thinking_tokens": -1}, "max_thinking_tokens"),
         ({"text_input": "x" * 120, "max_thinking_tokens": 100, "max_tokens": 100}, "max_thinking_tokens"),
         ({"messages": LONG, "max_thinking_tokens": 100, "max_tokens": 100}, "max_thinking_tokens"),
+        ({"text_input": "x" * 126, "max_thinking_tokens": 30, "max_tokens": 100}, "max_thinking_tokens"),
         ({"messages": '[{"role": "assistant", "tool_calls": [{"id": 1, "function": {"name": "f"}}]}]'}, CALL + ".id"),
         ({"messages": RESULTS.replace("one", "other", 1)}, "messages[3].tool_call_id"),
         ({"text_input": "a", "max_tokens": -1}, "max_tokens"),
@@ -138,6 +146,13 @@ def test_a_thinking_budget_fits_prompt_and_model():
     assert parse(messages=HI).max_thinking_tokens is None
     assert parse(messages=HI, max_thinking_tokens=20).max_thinking_tokens == 20
     assert parse(messages=HI, max_thinking_tokens=10**6, max_tokens=20).max_thinking_tokens == 10**6
+    edge = {
+        "text_input": "x" * 125,
+        "max_tokens": 100,
+    }  # 30 tokens of thinking, 3 of grace, 12 of waiting, 32 of tags: 202
+    with pytest.raises(RequestError, match="max_thinking_tokens"):
+        parse(**edge, max_thinking_tokens=30)
+    assert parse(**edge, max_thinking_tokens=28).max_thinking_tokens == 28
     off = parse(messages=LONG, max_thinking_tokens=100, max_tokens=100, reasoning_mode="off")
     assert off.max_thinking_tokens == 100
     with pytest.raises(RequestError, match="max_thinking_tokens: this model has no reasoning"):
