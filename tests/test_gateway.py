@@ -227,10 +227,8 @@ def test_half_a_body_is_no_fault_of_the_gateway(road, keys):
 
 def test_a_list_of_a_million_wrong_things_is_refused_at_the_first(road, keys):
     body = json.dumps({"model": MODEL, "messages": HI, "stop": [1] * 1_000_000}).encode()
-    begin = time.monotonic()
     status, _, text = raw(road, "/v1/chat/completions", body, keys[1])
-    assert status == 400 and json.loads(text)["error"]["param"] == "stop[0]"
-    assert time.monotonic() - begin < 5  # it took ten, and gigabytes, to list all that is wrong
+    assert status == 400 and json.loads(text)["error"]["param"] == "stop[0]" and len(text) < 500
 
 
 def test_a_raw_completion(client):
@@ -395,10 +393,11 @@ def test_metrics_move(road, client, keys):
     usage = create(client).usage
     with pytest.raises(openai.BadRequestError):
         create(client, n=2)
-    time.sleep(0.2)  # the second's last line is written after its answer
-    moved = [b - a for a, b in zip(before, look(), strict=True)]
     thought = usage.completion_tokens_details.reasoning_tokens
-    assert moved == [1, 1, 1, usage.completion_tokens, thought, 1, 2]
+    wanted, end = [1, 1, 1, usage.completion_tokens, thought, 1, 2], time.monotonic() + 30
+    while (moved := [b - a for a, b in zip(before, look(), strict=True)]) != wanted and time.monotonic() < end:
+        time.sleep(0.1)  # the second's last line is written after its answer
+    assert moved == wanted
 
 
 def test_the_log_has_a_line_per_request_and_no_text(road, client):
@@ -408,11 +407,14 @@ def test_the_log_has_a_line_per_request_and_no_text(road, client):
     )
     with pytest.raises(openai.BadRequestError):
         create(client, extra_body={secret: 1})
-    time.sleep(0.2)
-    text = road.gateway_log.read_text()
+    found, end = [], time.monotonic() + 30
+    while not found and time.monotonic() < end:
+        time.sleep(0.1)  # the line is written after its answer
+        text = road.gateway_log.read_text()
+        found = [line for line in text.splitlines(keepends=True) if answer.headers["x-request-id"] in line]
+        found = [json.loads(line) for line in found if line.endswith("\n")]
     assert secret not in text and "fertig" not in text
-    lines = [json.loads(line) for line in text.splitlines()]
-    (line,) = [line for line in lines if line["request"] == answer.headers["x-request-id"]]
+    (line,) = found
     assert line["status"] == 200 and line["key"] == "tester" and line["finish_reason"] == "stop"
     assert line["completion_tokens"] == answer.parse().usage.completion_tokens
 
@@ -434,10 +436,9 @@ def test_a_client_that_leaves_frees_its_slot(client, streamed):
     together = threading.Barrier(16, timeout=60)
     with concurrent.futures.ThreadPoolExecutor(16) as pool:
         list(pool.map(leave, range(16)))
-        begin = time.monotonic()
-        short = endless | {"max_tokens": 4}
+        short = endless | {"max_tokens": 4, "timeout": 90}  # the endless ones would take longer
         done = list(pool.map(lambda _: client.completions.create(**short).choices[0].text, range(16)))
-    assert all(done) and time.monotonic() - begin < 10
+    assert all(done)
 
 
 def test_what_finds_no_place_is_told_to_come_again(road, keys):
