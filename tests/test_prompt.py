@@ -38,14 +38,18 @@ def h(role: str) -> str:
 
 
 def builder(
-    template: str, policy: str, default_mode: str = "auto", tokenizer: Tokenizer | None = None
+    template: str,
+    policy: str,
+    default_mode: str = "auto",
+    tokenizer: Tokenizer | None = None,
+    max_prompt_tokens: int = 4095,
 ) -> PromptBuilder:
     settings = Settings(
         model_name="test",
         vocab_size=265,
         bos_token="<|begin_of_text|>",
         end_token_ids=(EOT,),
-        limits=Limits(4096, 4095, 64),
+        limits=Limits(max_prompt_tokens + 1, max_prompt_tokens, 64),
         reasoning=reasoning_policy(policy),
         default_mode=default_mode,
         template_variables={"tool_notes": templates.TOOL_NOTES},

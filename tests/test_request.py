@@ -8,13 +8,15 @@ import json
 import numpy as np
 import pytest
 
+from nemobuild.runtime import prompt
 from nemobuild.runtime.engine_io import generation_tensors
 from nemobuild.runtime.fields import INPUTS, RequestError
 from nemobuild.runtime.request import parse_request, with_parameters
 from nemobuild.runtime.settings import Limits, Sampling, Settings, load_settings
 from nemobuild.runtime.wire import output_tokens, pack_words, unpack_words
 from nemobuild.triton.contract import ENGINE_INPUTS, GENERATION_INPUTS
-from tests.test_prompt import PLAIN, V15
+from tests import templates
+from tests.test_prompt import PLAIN, V15, builder
 from tests.tiny import tiny_tokenizer
 
 SETTINGS = dataclasses.replace(
@@ -47,6 +49,22 @@ def test_bytes_are_counted_before_anything_is_read():
         parse(messages="ä" * 1000 + "[")
     with pytest.raises(RequestError, match=r"^stop_words: 2001 bytes, the limit is 2000$"):
         parse(text_input="a", stop_words=["ä" * 500, "ä" * 500, "b"])
+
+
+@pytest.mark.parametrize("field", ["text_input", "messages"])
+def test_a_text_that_is_far_too_long_is_not_tokenised_whole(field, monkeypatch):
+    seen = []
+    monkeypatch.setattr(prompt, "_PIECE_CHARACTERS", 50)
+    encode = prompt._encode
+    monkeypatch.setattr(prompt, "_encode", lambda tokenizer, text: seen.append(len(text)) or encode(tokenizer, text))
+    maker = builder(templates.SUPER_V15, "nemotron-super-v1.5")
+    maker._settings = SETTINGS
+    text = "x" * 1500
+    with pytest.raises(RequestError, match=rf"^{field}: the prompt has more than 2\d\d tokens, the limit is 200$"):
+        parse_request({field: text if field == "text_input" else HI.replace("Hi", text)}, SETTINGS, maker)
+    assert max(seen) == 50 and sum(seen) < 500
+    with pytest.raises(RequestError, match="has 300 tokens"):
+        parse_request({"text_input": "x" * 300}, SETTINGS, maker)
 
 
 def parse(**values):
