@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PEERS := .venv-peers
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-peers quality format generate bench bench-peers clean
+.PHONY: help demo test test-peers quality format generate docs bench bench-peers clean
 
 help: ## Show the targets
 	@awk -F':.*## ' '/^[a-z-]+:.*## / {printf "  %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -33,6 +33,9 @@ format: $(VENV)/.dev ## Format the code and fix what can be fixed
 generate: $(VENV)/.dev ## Write the generated files again
 	$(BIN)/python scripts/generate.py
 
+docs: $(VENV)/.dev ## Build the documentation's site in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir build/site
+
 bench: $(VENV)/.dev ## Run the benchmarks and write their results beside them
 	$(BIN)/python benchmarks/convert_bf16.py
 	$(BIN)/python benchmarks/convert_fp8.py
@@ -41,6 +44,7 @@ bench: $(VENV)/.dev ## Run the benchmarks and write their results beside them
 	$(BIN)/python benchmarks/text_layer.py
 	$(BIN)/python benchmarks/text_service.py
 	$(BIN)/python benchmarks/cli_start.py
+	$(BIN)/python benchmarks/store.py
 
 bench-peers: $(PEERS)/.peers ## Run the benchmark against ModelOpt
 	$(PEERS)/bin/python benchmarks/fp8_vs_modelopt.py

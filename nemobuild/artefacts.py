@@ -24,7 +24,7 @@ from nemobuild.plan.planner import Plan
 from nemobuild.resources import data_folder, package_folder
 
 Values = Mapping[str, object]
-MANIFEST = "manifest.json"
+MANIFEST, SOURCE = "manifest.json", "source.json"
 _TEXT_FILES = (
     "config.json",
     "generation_config.json",
@@ -48,18 +48,44 @@ def artefact(plan: Plan, name: str) -> Path:
     return place(name, stages[-2]) if len(stages) > 1 else source_folder(name)
 
 
-def wanted(plan: Plan, name: str, stage: str, timing_cache: Path | None) -> Values:
-    """What ``stage`` of profile ``name`` is to be made from. ``timing_cache`` is one that was asked for."""
-    return _WANTED[stage](plan, name, timing_cache)
+def wanted(plan: Plan, name: str, stage: str, timing_cache: Path | None, below: Path | None = None) -> Values:
+    """What ``stage`` of profile ``name`` is to be made from. ``timing_cache`` is one that was asked for.
+
+    ``below`` is the artefact that it stands on, when that is not the one in its place.
+    """
+    return _WANTED[stage](plan, name, timing_cache, below)
 
 
-def reasons(plan: Plan, name: str, stage: str, timing_cache: Path | None) -> tuple[str, ...]:
+def input_key(plan: Plan, name: str, stage: str, timing_cache: Path | None = None, below: Path | None = None) -> str:
+    """The key in the store of what ``plan`` wants: the digest of the stage and of all that it is made from."""
+    inputs = dict(wanted(plan, name, stage, timing_cache, below))
+    if timing_cache is None:
+        inputs.pop("timing_cache", None)
+    return store_key(stage, inputs)
+
+
+def snapshot_key(folder: Path) -> str | None:
+    """The key of a snapshot, from what ``fetch`` wrote down; ``None`` for a folder that was not fetched."""
+    try:
+        source = load_json(folder / SOURCE)
+    except NemobuildError:
+        return None
+    return store_key("snapshot", {name: value for name, value in source.items() if name != "files"})
+
+
+def store_key(stage: str, inputs: Values) -> str:
+    """SHA-256 of the canonical JSON of both."""
+    canonical = json.dumps({"stage": stage, "inputs": inputs}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def reasons(plan: Plan, name: str, stage: str, timing_cache: Path | None, below: Path | None = None) -> tuple[str, ...]:
     """Why the artefact that is there is not the one that ``plan`` wants; nothing when it is."""
     folder = place(name, stage)
     manifest = read_manifest(folder)
     if not manifest:
         return (f"its {MANIFEST} is missing or damaged",)
-    recorded, now = _RECORDED[stage](manifest), wanted(plan, name, stage, timing_cache)
+    recorded, now = _RECORDED[stage](manifest), wanted(plan, name, stage, timing_cache, below)
     found = tuple(_differences(recorded, now)) if recorded else ("it does not say what it was made from",)
     damaged = changed_file(folder, _sizes(manifest))
     return found if damaged is None else (*found, f"{damaged} is missing or was changed")
@@ -121,7 +147,7 @@ def _show(value: object) -> str:
     return text[:12] if is_digest else text
 
 
-def _checkpoint_wanted(plan: Plan, name: str, timing_cache: Path | None) -> Values:
+def _checkpoint_wanted(plan: Plan, name: str, timing_cache: Path | None, below: Path | None) -> Values:
     from nemobuild.weights.snapshot import open_snapshot
 
     form = plan.profile.checkpoint
@@ -180,18 +206,18 @@ def _checkpoint_recorded(manifest: Mapping[str, Any]) -> Values:
     return found | {f"calibration.{field}": calibration[field] for field in fields if field in calibration}
 
 
-def _engine_wanted(plan: Plan, name: str, timing_cache: Path | None) -> Values:
+def _engine_wanted(plan: Plan, name: str, timing_cache: Path | None, below: Path | None) -> Values:
     recorded = read_manifest(place(name, "engine")).get("inputs", {})
-    wanted = tensorrt.engine_inputs(plan, key_of(place(name, "checkpoint")), timing_cache)
+    wanted = tensorrt.engine_inputs(plan, key_of(below or place(name, "checkpoint")), timing_cache)
     # Timings that were not asked for do not make an engine another one.
     return wanted if timing_cache else wanted | {"timing_cache": recorded.get("timing_cache")}
 
 
-def _repository_wanted(plan: Plan, name: str, timing_cache: Path | None) -> Values:
+def _repository_wanted(plan: Plan, name: str, timing_cache: Path | None, below: Path | None) -> Values:
     from nemobuild.weights.snapshot import open_snapshot
 
-    profile = plan.profile.model_dump(exclude={"quality"})
-    source, served = source_folder(name), artefact(plan, name)
+    profile = plan.profile.model_dump(exclude={"quality", "gates"})
+    source, served = source_folder(name), below or artefact(plan, name)
     present = [source / file for file in _TEXT_FILES if (source / file).is_file()]
     code = [*package_folder().rglob("*.py"), *data_folder("triton_repo").rglob("*.py")]
     return {
@@ -209,7 +235,7 @@ def _inputs_recorded(manifest: Mapping[str, Any]) -> Values:
     return found
 
 
-_WANTED: Mapping[str, Callable[[Plan, str, Path | None], Values]] = {
+_WANTED: Mapping[str, Callable[[Plan, str, Path | None, Path | None], Values]] = {
     "checkpoint": _checkpoint_wanted,
     "engine": _engine_wanted,
     "repository": _repository_wanted,

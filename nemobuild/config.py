@@ -99,6 +99,37 @@ class QualityConfig(_Strict):
     )
 
 
+class GatesConfig(_Strict):
+    """What a rebuilt model must reach before `nemobuild rebuild` publishes it, beside the bounds in `quality`."""
+
+    prompts: str | None = Field(
+        default=None, description="YAML file of prompts to ask; default: engine_configs/gates.yaml, which ships."
+    )
+    min_right: Share = Field(default=0.9, description="Share of the prompts that must be answered as they expect.")
+    max_lost: Annotated[int, Field(ge=0)] = Field(
+        default=1, description="Prompts that the version before answered as they expect, and this one does not."
+    )
+    max_perplexity_increase: Annotated[float, Field(ge=0)] = Field(
+        default=0.25, description="Perplexity on held-out text over that of the version before, less one."
+    )
+    tokens_per_text: Annotated[int, Field(ge=2, le=1 << 24)] = Field(
+        default=128, description="Tokens taken of each of the held-out texts that ship."
+    )
+    max_slowdown: Share = Field(
+        default=0.1, description="Share of the tokens per second of the version before that may be missing."
+    )
+    max_wait_increase: Annotated[float, Field(ge=0)] = Field(
+        default=0.5, description="Median wait for the first token over that of the version before, less one."
+    )
+    concurrency: Annotated[int, Field(ge=1, le=4096)] = Field(
+        default=4, description="Requests at once when the speed is measured."
+    )
+    rounds: Annotated[int, Field(ge=1, le=100)] = Field(
+        default=3, description="Measurements of the speed, the two versions in turn; the median counts."
+    )
+    output_tokens: Tokens = Field(default=64, description="Length of every answer when the speed is measured.")
+
+
 class MachineConfig(_Strict):
     gpu: str = Field(description="Name in engine_configs/gpus.yaml.")
     count: Annotated[int, Field(ge=1, le=64)] = Field(
@@ -219,6 +250,7 @@ class EngineConfig(_Strict):
     machine: MachineConfig | None = Field(default=None, description="Where it runs; for tensorrt and llmapi only.")
     checkpoint: CheckpointConfig = Field(default=CheckpointConfig())
     quality: QualityConfig = Field(default=QualityConfig())
+    gates: GatesConfig = Field(default=GatesConfig())
     build: BuildConfig = Field(default=BuildConfig())
     limits: LimitsConfig
     reasoning: ReasoningConfig

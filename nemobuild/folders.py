@@ -30,12 +30,22 @@ def replace_folder(new: Path, target: Path) -> None:
 
 
 def recover(target: Path) -> None:
-    """Put back what a ``replace_folder`` that was killed half-way had moved aside."""
+    """Undo or end a ``replace_folder`` that was killed: what it had moved aside is put back, or removed."""
     if not target.exists() and _old(target).exists():
         try:
             _old(target).rename(target)
         except OSError as error:
             raise from_os_error(error, target, "restoring") from error
+    shutil.rmtree(_old(target), ignore_errors=True)
+
+
+def sync_folder(path: Path) -> None:
+    """Make the names in a folder durable."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def check_free(

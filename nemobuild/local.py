@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import urllib.request
 from http.client import HTTPResponse
 
+# gRPC would go on working in a child between fork and exec, which now and then ends the child before it is a program.
+# Ours become one at once; read by gRPC when it is first imported. See https://github.com/grpc/grpc/issues/43055
+os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 _OPENER = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 # The same for channels of gRPC, with messages of any length.
 DIRECT_CHANNEL = (

@@ -16,7 +16,7 @@ from nemobuild.plan.planner import Plan, plan
 from nemobuild.resources import data_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_COMMIT = re.compile(r"[0-9a-f]{40}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def place(profile: str, stage: str) -> Path:
@@ -134,7 +134,7 @@ def _check_snapshot(profile: str, model: ModelConfig, folder: Path) -> None:
         record = {}
     packaged = f"package:smollm2-{record.get('form')}" if "package" in record else None
     found, commit = str(packaged or record.get("repo", "something unknown")), str(record.get("commit", ""))
-    pinned = model.revision if _COMMIT.fullmatch(model.revision or "") else None
+    pinned = model.revision if COMMIT.fullmatch(model.revision or "") else None
     if found == model.source and pinned in (None, commit):
         return
     wanted = f"{model.source} at {pinned}" if pinned else model.source

@@ -10,10 +10,25 @@ from collections.abc import Callable
 from pathlib import Path
 
 from nemobuild.config import load_profile
-from nemobuild.errors import UsageError
-from nemobuild.places import is_profile, place
+from nemobuild.errors import NemobuildError, UsageError
+from nemobuild.model.hf_config import load_json
+from nemobuild.places import COMMIT, is_profile, place
 
 _PACKAGED = {"package:smollm2-llama": "llama", "package:smollm2-nas": "nas"}
+
+
+def is_hub_source(source: str) -> bool:
+    """Whether a profile's ``model.source`` is a repository on the Hub, which has revisions."""
+    return source not in _PACKAGED and not Path(source).is_dir()
+
+
+def recorded_source(snapshot: Path) -> tuple[str, str]:
+    """Repository and commit that a fetched snapshot is of; empty where it does not say."""
+    try:
+        source = load_json(snapshot / "source.json")
+    except NemobuildError:
+        return "", ""
+    return str(source.get("repo", "")), str(source.get("commit", ""))
 
 
 def fetch_source(
@@ -40,6 +55,15 @@ def fetch_source(
     from nemobuild.weights import hub
 
     return hub.fetch(name, revision or "main", _needed(target, source), progress=progress)
+
+
+def known_source(name: str, revision: str | None) -> dict[str, str] | None:
+    """What ``source.json`` of this source will say, but its files, where that is certain before it is fetched."""
+    if name in _PACKAGED:
+        from nemobuild.demo import REQUIREMENT, SHA256
+
+        return {"package": REQUIREMENT, "sha256": SHA256, "form": _PACKAGED[name]}
+    return {"repo": name, "commit": revision} if revision and COMMIT.fullmatch(revision) else None
 
 
 def _needed(target: Path | None, source: str) -> Path:

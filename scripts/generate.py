@@ -14,9 +14,12 @@ import sys
 from pathlib import Path
 
 import yaml
+from pages import pages
 
 from nemobuild.cli.plan import as_text
 from nemobuild.config import EngineConfig, profile_names
+from nemobuild.deploy.served import Options
+from nemobuild.deploy.write import deployment_files
 from nemobuild.engine.llmapi import model_yaml
 from nemobuild.places import load_plan
 from nemobuild.plan.gpus import gpus
@@ -31,7 +34,10 @@ from nemobuild.units import format_bytes
 ROOT = Path(__file__).resolve().parent.parent
 COMMANDS = (
     *("profiles", "inspect", "plan", "fetch", "convert", "verify", "build"),
-    *("repo", "repo emit", "repo check", "serve", "key", "chat", "bench", "doctor"),
+    *("repo", "repo emit", "repo check", "serve", "key", "chat", "bench", "doctor", "deploy", "ci init"),
+    *("up", "rebuild", "roll", "rollback", "migrate", "store"),
+    *(f"store {name}" for name in ("ls", "show", "verify", "gc", "discard", "export", "import", "push", "pull")),
+    *("store sign",),
 )
 # One of each runtime: the others differ in their limits only.
 GOLDEN_REPOSITORIES = ("smollm2-nas-cpu", "super-49b-v1.5-h100-fp8", "super-49b-v1.5-h100-fp8-llmapi")
@@ -168,6 +174,16 @@ def generated() -> dict[Path, str]:
         files |= {golden / f"{model.name}.pbtxt": render(model) for model in repository_models(plan)}
         if plan.profile.runtime == "llmapi":
             files[golden / "model.yaml"] = yaml.safe_dump(model_yaml(plan, "checkpoint"), sort_keys=False)
+    files |= pages()
+    for name in profile_names():
+        plan = load_plan(name)
+        golden = ROOT / "tests" / "golden" / "deploy"
+        for target in ("compose", "k8s", "dynamo"):
+            if target == "dynamo" and plan.profile.runtime != "llmapi":
+                continue
+            for file, text in deployment_files(plan, target, Options()).items():
+                base = plan.toolchain.tag if plan.toolchain else "cpu"
+                files[golden / (f"Dockerfile.{base}" if file == "Dockerfile" else f"{name}/{file}")] = text
     return files
 
 

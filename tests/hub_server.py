@@ -6,6 +6,8 @@ As on the real one, small files come from the Hub itself with their git blob id 
 
 from __future__ import annotations
 
+import base64
+import functools
 import gzip
 import hashlib
 import json
@@ -89,6 +91,8 @@ def git_sha1(data: bytes) -> str:
 @contextmanager
 def hub_server() -> Iterator[HubServer]:
     hub = HubServer()
+    sha256 = functools.cache(lambda data: hashlib.sha256(data).hexdigest())  # large files, listed often
+    sha1 = functools.cache(git_sha1)
 
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
@@ -101,6 +105,27 @@ def hub_server() -> Iterator[HubServer]:
 
         def do_GET(self) -> None:
             self.answer()
+
+        def do_POST(self) -> None:
+            """What ``create_commit`` sends: which way each file goes, then all of them."""
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            match = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", self.path)
+            if match is None or not self.has_token():
+                self.refuse(404 if match is None else 401, "", "no such route, or no token")
+            elif match[2] == "preupload":
+                ways = [
+                    {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False}
+                    for f in json.loads(body)["files"]
+                ]
+                self.send(200, {"Content-Type": "application/json"}, json.dumps({"files": ways}).encode())
+            else:
+                lines = [json.loads(line) for line in body.splitlines()]
+                files = [line["value"] for line in lines if line["key"] == "file"]
+                repo = hub.repos[match[1]]
+                known = repo.commits[repo.branches["main"]]
+                commit = hub.add(match[1], known | {f["path"]: base64.b64decode(f["content"]) for f in files})
+                told = {"commitUrl": f"{hub.endpoint}/{match[1]}/commit/{commit}", "commitOid": commit}
+                self.send(200, {"Content-Type": "application/json"}, json.dumps(told).encode())
 
         def answer(self) -> None:
             url = urlsplit(self.path)
@@ -141,13 +166,13 @@ def hub_server() -> Iterator[HubServer]:
             repo, commit = found
             entries: list[dict[str, Any]] = []
             for name, data in repo.commits[commit].items():
-                lfs = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 134}
+                lfs = {"size": len(data), "sha256": sha256(data), "pointerSize": 134}
                 entry: dict[str, Any] = {"size": len(data)} | ({"lfs": lfs} if is_large(name) else {})
                 if kind == "tree":
                     lfs = {"oid": lfs["sha256"], "size": len(data), "pointerSize": 134}
-                    entries.append(entry | {"type": "file", "path": name, "oid": git_sha1(data), "lfs": lfs})
+                    entries.append(entry | {"type": "file", "path": name, "oid": sha1(data), "lfs": lfs})
                 else:
-                    entries.append({"rfilename": name} | (entry | {"blobId": git_sha1(data)} if with_blobs else {}))
+                    entries.append({"rfilename": name} | (entry | {"blobId": sha1(data)} if with_blobs else {}))
             info = {"_id": "1", "id": repo_id, "modelId": repo_id, "sha": commit, "private": repo.private}
             info |= {"gated": "manual" if repo.gated else False, "tags": [], "downloads": 0, "likes": 0}
             body = entries if kind == "tree" else info | {"siblings": entries}
@@ -169,7 +194,7 @@ def hub_server() -> Iterator[HubServer]:
             if not is_large(name):
                 self.content(data, headers | {"ETag": f'"{git_sha1(data)}"'}, fault)
                 return
-            etag = hashlib.sha256(data).hexdigest()
+            etag = sha256(data)
             headers |= {"X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(data)), "ETag": f'"{etag}"'}
             self.send(302, headers | {"Location": f"{hub.cdn}/cdn/{repo_id}/{commit}/{name}"}, b"")
 

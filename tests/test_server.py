@@ -48,18 +48,6 @@ def test_ports_must_differ():
         choose_endpoint(ports=(9000, 9000, None))
 
 
-def test_chat_finds_the_newest_server_that_runs(tmp_path):
-    from nemobuild.serving import _remembered, present_endpoint
-    from nemobuild.triton.server import Endpoint
-
-    assert present_endpoint() == "127.0.0.1:8001"
-    state = tmp_path / "state" / "nemobuild" / "serving"
-    with _remembered(Endpoint("127.0.0.1", 1, 2, 3)):
-        (state / "4194305.json").write_text('{"host": "127.0.0.1", "grpc_port": 9}')  # no process has this number
-        assert present_endpoint() == "127.0.0.1:2"
-    assert present_endpoint() == "127.0.0.1:8001"
-
-
 def test_a_host_that_is_not_ours_is_refused():
     with pytest.raises(UsageError, match=r"192\.0\.2\.1"):
         choose_endpoint("192.0.2.1")

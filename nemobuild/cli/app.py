@@ -10,15 +10,22 @@ from nemobuild import __version__
 from nemobuild.cli.bench import bench
 from nemobuild.cli.build import build
 from nemobuild.cli.chat import chat
+from nemobuild.cli.ci import ci
 from nemobuild.cli.convert import convert
+from nemobuild.cli.deploy import deploy
 from nemobuild.cli.doctor import doctor
 from nemobuild.cli.fetch import fetch
 from nemobuild.cli.inspect import inspect
 from nemobuild.cli.key import key
+from nemobuild.cli.migrate import migrate
 from nemobuild.cli.plan import plan
 from nemobuild.cli.profiles import profiles
+from nemobuild.cli.rebuild import rebuild
 from nemobuild.cli.repo import repo
+from nemobuild.cli.roll import roll, rollback
 from nemobuild.cli.serve import serve
+from nemobuild.cli.store import store
+from nemobuild.cli.up import up
 from nemobuild.cli.verify import verify
 
 app = typer.Typer(
@@ -45,6 +52,27 @@ def _root(
     pass
 
 
-for command in (profiles, inspect, plan, fetch, convert, verify, build, serve, key, chat, bench, doctor):
+for command in (
+    profiles,
+    inspect,
+    plan,
+    up,
+    fetch,
+    convert,
+    verify,
+    build,
+    rebuild,
+    migrate,
+    serve,
+    roll,
+    rollback,
+    key,
+    chat,
+    bench,
+    doctor,
+    deploy,
+):
     app.command()(command)
 app.add_typer(repo, name="repo")
+app.add_typer(store, name="store")
+app.add_typer(ci, name="ci")

@@ -41,6 +41,11 @@ def hint(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
+def event(kind: str, **fields: Any) -> None:
+    """One line of JSON on standard output, at once."""
+    print(json.dumps({"event": kind} | fields, ensure_ascii=False), flush=True)
+
+
 def piece(text: str, *, dim: bool = False) -> None:
     """A piece of a stream, shown at once. ``dim`` sets it apart where the terminal can."""
     if dim and sys.stdout.isatty():

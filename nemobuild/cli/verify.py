@@ -13,7 +13,7 @@ from nemobuild.cli import output
 from nemobuild.cli.options import Json
 
 if TYPE_CHECKING:
-    from nemobuild.convert.quality import HeldOutText, QualityReport, QualityThresholds
+    from nemobuild.convert.quality import QualityReport, QualityThresholds
     from nemobuild.convert.verify import VerifyReport
     from nemobuild.errors import NemobuildError
     from nemobuild.weights.snapshot import Snapshot
@@ -42,6 +42,7 @@ def verify(
     from nemobuild.convert.quality import QualityThresholds
     from nemobuild.convert.verify import verify as compare
     from nemobuild.errors import UsageError, VerificationFailed
+    from nemobuild.gates.quality import held_out_texts
     from nemobuild.places import is_profile, place, source_folder
     from nemobuild.weights.snapshot import open_snapshot
 
@@ -63,7 +64,7 @@ def verify(
         _check_writable(svg)
     snapshot = open_snapshot(source_folder(against or checkpoint), fp8=True)
     measured = precision == "fp8" and not weights_only
-    held_out = _held_out(texts, snapshot, tokens_per_text or _TOKENS) if measured else []
+    held_out = held_out_texts(snapshot, tokens_per_text or _TOKENS, texts) if measured else []
     with output.byte_progress("verify", quiet=json) as show:
         report = compare(
             folder,
@@ -187,15 +188,6 @@ def _precision(folder: Path) -> str | None:
     algorithm = quantization.get("quant_algo") if isinstance(quantization, dict) else None
     inline = config.get("quantization_config") is not None
     return "fp8" if algorithm == "FP8" or inline or (folder / QUANT_CONFIG).exists() else "bf16"
-
-
-def _held_out(texts: Path | None, snapshot: Snapshot, tokens: int) -> list[HeldOutText]:
-    from nemobuild.convert.quality import HeldOutText
-    from nemobuild.convert.samples import held_out, load_samples
-
-    tokens = min(tokens, snapshot.spec.max_context_tokens)
-    loaded = load_samples(texts or held_out(), snapshot.path, snapshot.spec, tokens_per_sample=tokens)
-    return [HeldOutText(s.token_ids, s.language or "", f"Line {s.line} of {loaded.path}") for s in loaded.samples]
 
 
 def _finite(value: Any) -> Any:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from nemobuild.convert.scales import BlockScales, block_from_json, block_to_json
 from nemobuild.errors import NemobuildError, UsageError, from_os_error
+from nemobuild.folders import sync_folder
 
 NAME = "journal"
 
@@ -183,15 +184,6 @@ def refuse_existing(output: Path) -> None:
             why="A finished folder is never written over.",
             next="Choose another output folder, or delete this one first.",
         )
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _made(folder: Path) -> bool:

@@ -19,7 +19,7 @@ from nemobuild.doctor.findings import Finding, failed
 from nemobuild.doctor.gpus import check_driver, check_gpus
 from nemobuild.doctor.host import check_disk, check_memory, check_ports, check_shm
 from nemobuild.doctor.machine import listeners
-from nemobuild.doctor.software import check_container, check_engine, check_triton, check_versions
+from nemobuild.doctor.software import check_advisories, check_container, check_engine, check_triton, check_versions
 from nemobuild.errors import NemobuildError, ToolchainError
 from nemobuild.nvml import NvidiaReading, read_nvidia
 from nemobuild.plan.planner import Plan
@@ -52,6 +52,7 @@ def examine(plan: Plan | None = None, folder: Path = Path("build")) -> Report:
         "disk": lambda: check_disk(folder, plan),
         "shm": lambda: check_shm(plan),
         "versions": lambda: check_versions(plan),
+        "advisories": lambda: check_advisories(plan),
         "container": lambda: check_container(plan),
         "triton": lambda: check_triton(plan),
         "engine": lambda: check_engine(plan, folder / "engine", nvidia if isinstance(nvidia, NvidiaReading) else None),

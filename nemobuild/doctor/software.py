@@ -7,6 +7,7 @@ import platform
 import shutil
 import subprocess
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from nemobuild.engine.foreign import explain, last_lines
 from nemobuild.errors import NemobuildError, ToolchainError
 from nemobuild.model.hf_config import load_json
 from nemobuild.nvml import NvidiaReading, pick_gpus
+from nemobuild.plan.advisories import open_advisories, read_on
 from nemobuild.plan.planner import Plan
 from nemobuild.plan.toolchain import same_version, toolchains
 from nemobuild.triton.carrier import REQUIREMENT, check_platform, find_libpython
@@ -52,6 +54,29 @@ def check_versions(plan: Plan | None) -> Iterator[Finding]:
                 next=f"Work in {wanted.image}, or name another machine.container.",
             ),
         )
+
+
+def check_advisories(plan: Plan | None) -> Iterator[Finding]:
+    """Known holes in what the plan would serve with, without a plan in the server of the cpu runtime."""
+    toolchain = plan.toolchain if plan else None
+    found = open_advisories(toolchain)
+    as_of = f"By NVIDIA's bulletins as they were read on {read_on()}; later ones are not in the list."
+    if not found:
+        yield Finding("advisories", "ok", "No bulletin is known for the container.", as_of)
+        return
+    advice = "Take a container in which they are fixed, where there is one; let nobody but the gateway reach Triton."
+    if toolchain is None:
+        advice = "Keep it on loopback, as `serve` does, and let others reach the gateway only; it is for trials and CI."
+    listed = ", ".join(f"{a.id} ({a.worst}, fixed in {a.product} {a.fixed_in})" for a in found)
+    where = "the Triton of the cpu runtime" if toolchain is None else f"container {toolchain.tag}"
+    yield Finding(
+        "advisories",
+        "warning" if toolchain else "note",
+        f"Bulletins open for {where}: {listed}.",
+        as_of,
+        advice,
+        facts={"advisories": [asdict(a) | {"date": str(a.date), "source": a.source} for a in found]},
+    )
 
 
 def check_container(plan: Plan | None) -> Iterator[Finding]:

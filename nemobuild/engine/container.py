@@ -19,7 +19,7 @@ from nemobuild.plan.toolchain import Toolchain
 # NCCL and the Python backend talk through shared memory; Docker's default of 64 MiB stops both.
 SHM_BYTES = 2 << 30
 # Triton copies the body of a request to the stack.
-_STACK_BYTES = 256 << 20
+STACK_BYTES = 256 << 20
 _NOBODY = "65534:65534"
 
 
@@ -64,7 +64,7 @@ def docker_run(
     devices = ",".join(map(str, gpus))
     line = ["docker", "run", "--rm", "--init", "--name", name]
     line += ["--gpus", f'"device={devices}"', "--shm-size", str(shm_bytes)]
-    line += ["--ulimit", "memlock=-1", "--ulimit", f"stack={_STACK_BYTES}"]
+    line += ["--ulimit", "memlock=-1", "--ulimit", f"stack={STACK_BYTES}"]
     line += ["--cap-drop", "ALL", "--security-opt", "no-new-privileges"]
     line += ["--user", _user(mounts), "--env", "HOME=/tmp"]
     line += ["--workdir", str(workdir.absolute() if workdir else "/tmp")]

@@ -14,6 +14,7 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -99,7 +100,7 @@ def run(
                 elapsed_s = time.monotonic() - started_s
                 if elapsed_s >= next_sample_s:
                     next_sample_s = elapsed_s + _SAMPLE_S
-                    peak_bytes = max(peak_bytes, _session_bytes(process.pid, container_id))
+                    peak_bytes = max(peak_bytes, session_bytes(process.pid, container_id))
                     now_bytes = gpu_bytes() if gpu_bytes else None
                     if now_bytes is not None:
                         peak_gpu_bytes = max(peak_gpu_bytes or 0, now_bytes)
@@ -150,6 +151,15 @@ def end_group(process: subprocess.Popen[bytes], grace_s: float) -> None:
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.kill(pid, signal.SIGKILL)
         process.wait()
+
+
+def with_us(argv: Sequence[str], stack_bytes: int = 0) -> list[str]:
+    """The line that runs ``argv`` so that it ends when we end, however that happens; for starters with threads.
+
+    It ends with the *thread* that starts it. ``stack_bytes`` is the stack it may use; 0: the usual.
+    """
+    child = Path(__file__).with_name("child.py")
+    return [sys.executable, "-I", "-S", str(child), str(os.getpid()), str(stack_bytes), *argv]
 
 
 def die_with_parent() -> None:
@@ -204,7 +214,7 @@ def _sigterm_interrupts() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _session_bytes(session: int, container_id: Path | None) -> int:
+def session_bytes(session: int, container_id: Path | None = None) -> int:
     """Resident memory of all processes of a session, and of a container once Docker has noted its id."""
     marker = ""
     if container_id is not None:

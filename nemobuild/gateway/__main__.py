@@ -19,7 +19,7 @@ def main() -> None:
     from nemobuild.gateway.app import make_app
 
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
-    config = GatewayConfig(**json.loads(sys.argv[1]))
+    config = GatewayConfig.read(json.loads(sys.argv[1]))
     server = uvicorn.Config(
         make_app(config),
         log_config=None,

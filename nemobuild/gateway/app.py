@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,16 +26,20 @@ from nemobuild.gateway.errors import ApiError
 from nemobuild.gateway.keys import KeyRing
 from nemobuild.gateway.observe import Facts, Metrics, Watched
 from nemobuild.gateway.requests import Asked, ChatRequest, CompletionRequest, read_request, refused
-from nemobuild.gateway.responses import Answer, ChatAnswer, TextAnswer, TokenBytes
-from nemobuild.gateway.upstream import Upstream
+from nemobuild.gateway.responses import Answer, ChatAnswer, TextAnswer
+from nemobuild.gateway.versions import Version, Versions
 from nemobuild.runtime.fields import RequestError
-from nemobuild.runtime.settings import load_settings
 
 _PAGE = Path(__file__).with_name("page.html")
 _BODY_TIMEOUT_S = 60.0
 _DRAIN = 4  # a client that is still sending hears no refusal, so a body is read on, and dropped, up to so many limits
 _STREAM_HEADERS = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-_ERROR_HEADERS = {401: {"www-authenticate": "Bearer"}, 413: {"connection": "close"}, 429: {"retry-after": "1"}}
+_ERROR_HEADERS = {
+    401: {"www-authenticate": "Bearer"},
+    413: {"connection": "close"},
+    429: {"retry-after": "1"},
+    503: {"retry-after": "5"},  # a server starts in seconds or minutes
+}
 # The page says itself what it may load; this is what only a header can say.
 _PAGE_HEADERS = {"content-security-policy": "frame-ancestors 'none'", "x-content-type-options": "nosniff"}
 T = TypeVar("T")
@@ -52,25 +57,17 @@ class Gateway:
     """The endpoints and what they share."""
 
     def __init__(self, config: GatewayConfig) -> None:
-        assets = Path(config.assets)
-        self.settings = load_settings(assets / "runtime.json")
-        self.created = int((assets / "runtime.json").stat().st_mtime)
+        self.versions = Versions(config.target, config.held)
         self.keys = KeyRing(Path(config.api_keys)) if config.api_keys else None
         self.metrics = Metrics()
         self._config = config
-        self._token_bytes = _token_bytes(assets / "tokenizer.json")
-        self._upstream: Upstream | None = None
-
-    @property
-    def upstream(self) -> Upstream:
-        assert self._upstream is not None  # the application runs
-        return self._upstream
 
     @contextlib.asynccontextmanager
     async def lifespan(self, _: FastAPI) -> AsyncIterator[None]:
-        self._upstream = Upstream(self._config.grpc_url)
+        following = asyncio.create_task(self.versions.follow(self._config.control_fd))
         yield
-        await self._upstream.close()
+        following.cancel()
+        await self.versions.close()
 
     async def authorise(self, request: Request) -> None:
         if self.keys is None:
@@ -82,33 +79,47 @@ class Gateway:
         _facts(request).key = owner
 
     async def chat(self, request: Request) -> Response:
-        asked = read_request(ChatRequest, await self._body(request), self.settings.model_name)
-        return await self._answer(request, asked, ChatAnswer(asked, self.settings.model_name, self._token_bytes))
+        return await self._answer(request, ChatRequest, ChatAnswer)
 
     async def complete(self, request: Request) -> Response:
-        asked = read_request(CompletionRequest, await self._body(request), self.settings.model_name)
-        return await self._answer(request, asked, TextAnswer(asked, self.settings.model_name, self._token_bytes))
+        return await self._answer(request, CompletionRequest, TextAnswer)
 
     def models(self) -> dict[str, Any]:
         return {"object": "list", "data": [self._model()]}
 
     def model(self, name: str) -> dict[str, Any]:
-        if name != self.settings.model_name:
+        if name != self.versions.current.settings.model_name:
             raise ApiError(404, f"model: there is no model {name!r} here", param="model", code="model_not_found")
         return self._model()
 
     async def health(self) -> Response:
         """Ready to answer: loaded, and not given up by the watchdog. ``/health/live``: this process runs."""
-        ready = await self.upstream.ready(self._config.metrics_url)
+        version = self.versions.current
+        ready = not self.versions.held and await version.upstream.ready(version.target.metrics_url)
         return JSONResponse({"ready": ready}, 200 if ready else 503)
 
     def _model(self) -> dict[str, Any]:
-        name, limits = self.settings.model_name, self.settings.limits
-        own = {"max_model_len": limits.max_context_tokens, "reasoning": self.settings.reasoning.switch != "none"}
-        return {"id": name, "object": "model", "created": self.created, "owned_by": "nemobuild", **own}
+        version = self.versions.current
+        settings = version.settings
+        own = {"max_model_len": settings.limits.max_context_tokens, "reasoning": settings.reasoning.switch != "none"}
+        return {
+            "id": settings.model_name,
+            "object": "model",
+            "created": version.created,
+            "owned_by": "nemobuild",
+            **own,
+        }
 
-    async def _answer(self, request: Request, asked: Asked, answer: Answer) -> Response:
-        responses = self._responses(request, asked)
+    async def _answer(
+        self, request: Request, form: type[ChatRequest] | type[CompletionRequest], shape: type[Answer]
+    ) -> Response:
+        body = await self._body(request)
+        version = self.versions.enter()
+        _facts(request).on_end = partial(self.versions.leave, version)  # when all is sent, however that ends
+        name = version.settings.model_name
+        asked = read_request(form, body, name)
+        answer = shape(asked, name, version.token_bytes)
+        responses = self._responses(request, version, asked)
         if not asked.stream:
             (outputs,) = await _while_connected(request, _collect(responses))
             return JSONResponse(answer.whole(outputs))
@@ -117,16 +128,20 @@ class Gateway:
         events = _events(first, responses, asked, answer)
         return EventStream(events, media_type="text/event-stream", headers=_STREAM_HEADERS)
 
-    async def _responses(self, request: Request, asked: Asked) -> AsyncGenerator[dict[str, Any], None]:
+    async def _responses(
+        self, request: Request, version: Version, asked: Asked
+    ) -> AsyncGenerator[dict[str, Any], None]:
         facts = _facts(request)
         try:
             silence_s = self._config.silence_s if asked.stream else None
-            async with contextlib.aclosing(self.upstream.ask(asked.fields, silence_s)) as stream:
+            async with contextlib.aclosing(version.upstream.ask(asked.fields, silence_s)) as stream:
                 async for outputs in stream:
                     facts.heard(outputs)
                     yield outputs
         except RequestError as error:
             raise refused(asked, str(error)) from error
+        except ApiError as error:
+            raise self.versions.failed(version, error) from error
         if "finish_reason" not in facts.outputs:
             raise ApiError(502, "the model server ended the answer without a reason", code="server_failed")
 
@@ -134,7 +149,7 @@ class Gateway:
         """The body, held no further than the limit."""
         if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
             raise ApiError(415, "content-type: application/json is needed", code="unsupported_media_type")
-        limit = self.settings.limits.max_request_bytes
+        limit = self.versions.current.settings.limits.max_request_bytes
         body, size = bytearray(), 0
 
         async def read() -> None:
@@ -245,22 +260,3 @@ async def _disconnected(request: Request) -> None:
 def _facts(request: Request) -> Facts:
     facts: Facts = request.scope["facts"]
     return facts
-
-
-def _token_bytes(tokenizer_json: Path) -> TokenBytes:
-    """What each token stands for; the tokenizer is read when the first client asks for log-probabilities."""
-    table: list[bytes] = []
-
-    def token_bytes(token: int) -> bytes:
-        if not table:
-            from tokenizers import Tokenizer
-
-            from nemobuild.runtime.detokenizer import Vocabulary
-
-            vocabulary = Vocabulary(Tokenizer.from_file(str(tokenizer_json)))
-            size = vocabulary.tokenizer.get_vocab_size()
-            known = vocabulary.token_bytes or [vocabulary.decode([i]).encode() for i in range(size)]
-            table.extend(data or (vocabulary.tokenizer.id_to_token(i) or "").encode() for i, data in enumerate(known))
-        return table[token]
-
-    return token_bytes

@@ -6,6 +6,7 @@ import json
 import logging
 import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,7 @@ class Facts:
     error: str | None = None  # code of the refusal or failure
     first_token_s: float | None = None
     outputs: dict[str, Any] = field(default_factory=dict)  # of the last response
+    on_end: Callable[[], None] | None = None
 
     def heard(self, outputs: dict[str, Any]) -> None:
         """A response of ``chat`` came."""
@@ -61,6 +63,8 @@ class Watched:
             await self._app(scope, receive, watched_send)
         finally:
             self._metrics.in_progress.dec()
+            if facts.on_end is not None:
+                facts.on_end()
             route = scope["path"] if scope["path"] in _ROUTES else "other"
             self._metrics.tell(facts, route, status)
             if route not in _PROBES or status >= 400:

@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
-from nemobuild.engine.process import die_with_parent, end_group
-from nemobuild.errors import ChildFailed, ToolchainError, UsageError, from_os_error
-from nemobuild.gateway import GatewayConfig
+from nemobuild.engine.process import end_group, with_us
+from nemobuild.errors import ChildFailed, IntegrityError, ToolchainError, UsageError, from_os_error
+from nemobuild.gateway import GatewayConfig, Target
 from nemobuild.gateway.keys import read_keys
 from nemobuild.local import open_local
 from nemobuild.triton.launch import Endpoint
@@ -29,6 +29,7 @@ from nemobuild.triton.launch import Endpoint
 DEFAULT_PORT = 8080
 _NEEDED = ("fastapi", "uvicorn", "prometheus_client")
 _START_TIMEOUT_S = 60.0
+_ORDER_TIMEOUT_S = 60.0
 _GRACE_S = 8.0
 _MIN_LIFE_S = 5.0
 _MAX_QUICK_DEATHS = 3
@@ -90,19 +91,23 @@ def _bind(host: str, ports: tuple[int, ...]) -> socket.socket:
     )
 
 
+def target_of(start: int, triton: Endpoint, assets: Path) -> Target:
+    """``start`` counts the servers that one gateway was given."""
+    return Target(start, triton.grpc_url, triton.metrics_url, str(assets))
+
+
 class GatewayProcess:
     """The process that answers on ``bound``; ``check`` it now and then, ``stop`` it at the end."""
 
     def __init__(self, bound: socket.socket, triton: Endpoint, assets: Path, api_keys: Path | None, log: Path) -> None:
-        config = GatewayConfig(
+        self._config = GatewayConfig(
             fd=bound.fileno(),
+            control_fd=-1,
             host=bound.getsockname()[0],
-            grpc_url=triton.grpc_url,
-            metrics_url=triton.metrics_url,
-            assets=str(assets),
+            target=target_of(0, triton, assets),
+            held=False,
             api_keys=None if api_keys is None else str(api_keys.resolve()),
         )
-        self._command = [sys.executable, "-m", "nemobuild.gateway", json.dumps(asdict(config))]
         self._bound, self._log = bound, log
         self._deaths = 0
         log.write_bytes(b"")
@@ -122,23 +127,51 @@ class GatewayProcess:
         self._deaths = self._deaths + 1 if lived_s < _MIN_LIFE_S else 0
         if self._deaths >= _MAX_QUICK_DEATHS:
             raise self._died(status)
+        self._control.close()
         self._start()
         return True
 
+    def steer(self, target: Target, *, held: bool = False) -> int:
+        """Send new requests to ``target``, or refuse them while ``held``; how many earlier ones are not over.
+
+        One that is started again does the same. Raises ``IntegrityError``, and changes nothing, when it cannot read the
+        target's assets.
+        """
+        before, self._config = self._config, replace(self._config, target=target, held=held)
+        order = json.dumps({"target": asdict(target), "held": held}).encode() + b"\n"
+        try:
+            self._control.sendall(order)
+            with self._control.makefile("rb") as replies:
+                reply = json.loads(replies.readline() or b"{}")
+        except TimeoutError:  # it hangs; ``check`` starts another one, which begins as it should
+            self._process.kill()
+            return 0
+        except (OSError, ValueError):  # it has just died, and all requests with it
+            return 0
+        if "error" in reply:
+            self._config = before
+            raise IntegrityError(
+                "bad-assets", f"The gateway cannot serve {target.assets}.", why=f"It says: {reply['error']}."
+            )
+        return int(reply.get("left", 0))
+
     def stop(self) -> None:
         end_group(self._process, _GRACE_S)
+        self._control.close()
 
     def _start(self) -> None:
+        self._control, theirs = socket.socketpair()
+        self._control.settimeout(_ORDER_TIMEOUT_S)
+        config = replace(self._config, control_fd=theirs.fileno())
         try:
-            with self._log.open("ab") as out:
+            with theirs, self._log.open("ab") as out:
                 self._process = subprocess.Popen(
-                    self._command,
+                    with_us([sys.executable, "-m", "nemobuild.gateway", json.dumps(asdict(config))]),
                     stdin=subprocess.DEVNULL,
                     stdout=out,
                     stderr=subprocess.STDOUT,
-                    pass_fds=[self._bound.fileno()],
+                    pass_fds=[self._bound.fileno(), theirs.fileno()],
                     start_new_session=True,
-                    preexec_fn=die_with_parent,
                 )
         except OSError as error:
             raise from_os_error(error, error.filename or self._log, "starting the gateway, log") from error

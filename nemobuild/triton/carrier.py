@@ -182,6 +182,8 @@ def _assemble(home: Path, unpacked: Path, version: str, libpython: Path, package
     python = Path(sys.executable).resolve()
     key = hashlib.sha256("\0".join([_LAYOUT, str(libpython), str(python), *packages]).encode()).hexdigest()[:12]
     folder = home / f"python{version}-{key}"
+    if folder.is_dir():  # made once and for all, by rename: in an image the cache is read-only
+        return folder
     with file_lock(home / f"{folder.name}.lock"):
         if folder.is_dir():
             return folder

@@ -195,8 +195,17 @@ def serve_commands(plan: Plan, repository: Path) -> list[tuple[str, list[str]]]:
     ]
 
 
-def choose_launch(made: Emitted, repository: Path, endpoint: Endpoint, server_id: str, where: Where = "auto") -> Launch:
+def choose_launch(
+    made: Emitted,
+    repository: Path,
+    endpoint: Endpoint,
+    server_id: str,
+    where: Where = "auto",
+    cards: Sequence[int] = (),
+) -> Launch:
     """How to serve ``repository`` from here: with the Triton of this machine where it can, else in a container.
+
+    ``cards`` are the GPUs to use, by NVML's numbers; default: the first that fit.
 
     Before anything is loaded, the engine is compared with what would load it. Raises ``ToolchainError`` when it was
     built for something else, or nothing here can serve it; ``UsageError`` when ``where`` asks for what cannot be.
@@ -216,7 +225,8 @@ def choose_launch(made: Emitted, repository: Path, endpoint: Endpoint, server_id
         gpus: tuple[GpuReading, ...] = ()
     else:
         nvidia = read_nvidia()
-        gpus = pick_gpus(nvidia.gpus, made.sm, made.ranks)
+        chosen = tuple(gpu for gpu in nvidia.gpus if gpu.index in cards)
+        gpus = chosen or pick_gpus(nvidia.gpus, made.sm, made.ranks)
         check_count(gpus, made.ranks)
         compare_all(made.engine, container, nvidia.driver, gpus)
     numbers = [gpu.index for gpu in gpus]

@@ -12,16 +12,15 @@ import errno
 import json
 import os
 import re
-import resource
 import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from nemobuild.engine.foreign import explain, tail
-from nemobuild.engine.process import die_with_parent, end_group
+from nemobuild.engine.process import end_group, with_us
 from nemobuild.errors import ChildFailed, NemobuildError, UsageError, from_os_error
 from nemobuild.local import open_local
 from nemobuild.triton.client import stream
@@ -34,6 +33,7 @@ _FAILURES = (
     re.compile(r"(?P<why>[^\"]*[Aa]ddress already in use[^\"]*)"),
     re.compile(r"error: (?P<why>.+)"),
 )
+# Triton 2.51 copies the body of an HTTP request to the stack; with the usual 8 MiB, 4 MiB of text crash it.
 _STACK_BYTES = 256 << 20
 _FIRST_TOKEN_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
@@ -84,6 +84,7 @@ def running(
     log: Path,
     *,
     where: Where = "auto",
+    cards: Sequence[int] = (),
     ready_timeout_s: float = 600.0,
     on_start: Callable[[Launch], None] | None = None,
     on_wait: Callable[[float], None] | None = None,
@@ -91,26 +92,25 @@ def running(
     """A Triton that answered a real request; stopped with all that it started when the block ends.
 
     When a process of one of its Python models dies later, the server is ended (see ``guard``).
-    ``on_start`` gets the line that is about to run. Raises what ``choose_launch`` does, and when the server ends before
-    it is ready the error that its log tells of, else ``ChildFailed``.
+    ``cards`` are the GPUs to use, ``on_start`` gets the line that is about to run. Raises what ``choose_launch`` does,
+    and when the server ends before it is ready the error that its log tells of, else ``ChildFailed``.
     """
     made = read_emitted(repository)
     server_id = f"nemobuild_{os.getpid()}_{endpoint.grpc_port}_"
-    launch = choose_launch(made, repository, endpoint, server_id, where)
+    launch = choose_launch(made, repository, endpoint, server_id, where, cards)
     if on_start:
         on_start(launch)
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("wb") as stream_out:
             process = subprocess.Popen(
-                launch.command,
+                with_us(launch.command, _STACK_BYTES),
                 stdin=subprocess.DEVNULL,
                 stdout=stream_out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(launch.env),
                 cwd=repository,
                 start_new_session=True,
-                preexec_fn=_prepare_child,
             )
     except OSError as error:
         raise from_os_error(error, error.filename or log, "starting Triton, log") from error
@@ -200,14 +200,3 @@ def _stop(process: subprocess.Popen[bytes], launch: Launch, server_id: str) -> N
                 )
         for leftover in Path("/dev/shm").glob(f"{server_id}*"):
             leftover.unlink(missing_ok=True)
-
-
-def _prepare_child() -> None:
-    """In the child, before it becomes Triton: end when we end, and have enough stack.
-
-    Triton 2.51 copies the body of an HTTP request to the stack; with the usual 8 MiB, 4 MiB of text crash it.
-    """
-    die_with_parent()
-    _, hard = resource.getrlimit(resource.RLIMIT_STACK)
-    wanted = _STACK_BYTES if hard == resource.RLIM_INFINITY else min(_STACK_BYTES, hard)
-    resource.setrlimit(resource.RLIMIT_STACK, (wanted, hard))

@@ -78,7 +78,14 @@ class RemoteFile:
 class HubClient:
     """One repository on the Hub, and how failures of talking to it become ours."""
 
-    def __init__(self, repo_id: str, endpoint: str | None, token: str | None, pauses_s: Sequence[float]) -> None:
+    def __init__(
+        self,
+        repo_id: str,
+        endpoint: str | None,
+        token: str | None,
+        pauses_s: Sequence[float],
+        names: re.Pattern[str] = FILE_NAME,
+    ) -> None:
         # Read when the library is imported: no telemetry, and no progress bars but ours.
         os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
         os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
@@ -95,14 +102,14 @@ class HubClient:
             ) from error
         utils.disable_progress_bars()
         utils.logging.set_verbosity_error()
-        self.repo_id, self.endpoint, self.pauses_s = repo_id, endpoint, pauses_s
+        self.repo_id, self.endpoint, self.pauses_s, self.names = repo_id, endpoint, pauses_s, names
         self.library = huggingface_hub
         self.api = huggingface_hub.HfApi(endpoint=endpoint, token=token, library_name="nemobuild")
         # Resuming counts bytes of the file itself, so no compression on the way.
         self.headers = utils.build_hf_headers(token=token, library_name="nemobuild") | {"Accept-Encoding": "identity"}
 
     def listing(self, revision: str) -> tuple[str, dict[str, RemoteFile]]:
-        """Commit that ``revision`` means now, and its top-level files by name."""
+        """Commit that ``revision`` means now, and its files that have one of ``names``."""
         for pause_s in (*self.pauses_s, None):
             try:
                 info = self.api.model_info(
@@ -163,7 +170,7 @@ class HubClient:
                 sha256=lfs.sha256 if lfs else None,
                 git_sha1=None if lfs else sibling.blob_id,
             )
-            if FILE_NAME.fullmatch(known.name):
+            if self.names.fullmatch(known.name):
                 files[known.name] = known
             if known.size_bytes < 0 or not (known.sha256 or known.git_sha1):
                 commit = ""

@@ -32,6 +32,8 @@ _COMPLETE = "Fetch the model again, or restore the files named here."
 class Snapshot:
     """Source files of one model. ``fingerprint`` changes with any file (configs, headers, sizes, times).
 
+    What was fetched has no times in it, but the digests that were taken then: it is the same on every machine.
+
     ``quantization`` tells the scales when the linear layers are FP8.
     """
 
@@ -95,18 +97,33 @@ def fingerprint(path: Path, files: Sequence[str]) -> str:
 
 
 def _fingerprint(path: Path, headers: Mapping[str, tuple[bytes, int]]) -> str:
-    digest = hashlib.sha256()
+    digest, known = hashlib.sha256(), _known_content(path)
     try:
         for config in ("config.json", QUANT_CONFIG):
             if config == "config.json" or (path / config).exists():
                 with (path / config).open("rb") as stream:
                     digest.update(stream.read(MAX_CONFIG_BYTES))
         for file, (raw, size_bytes) in sorted(headers.items()):
-            digest.update(f"\0{file}\0{size_bytes}\0{(path / file).stat().st_mtime_ns}\0".encode())
+            content = known.get(file) or known.get("") or (path / file).stat().st_mtime_ns
+            digest.update(f"\0{file}\0{size_bytes}\0{content}\0".encode())
             digest.update(raw)
     except OSError as error:
         raise from_os_error(error, path, "reading") from error
     return digest.hexdigest()
+
+
+def _known_content(path: Path) -> dict[str, str]:
+    """What ``source.json`` says that the bytes are, by file; under the empty name for all files at once."""
+    try:
+        source = load_json(path / "source.json")
+    except NemobuildError:
+        return {}
+    files = source.get("files")
+    if not isinstance(files, dict):  # the demo model: its files follow from the package
+        return {"": "|".join(f"{k}={source[k]}" for k in sorted(source))} if "package" in source else {}
+    return {
+        name: str(entry["sha256"]) for name, entry in files.items() if isinstance(entry, dict) and "sha256" in entry
+    }
 
 
 def _read_index(path: Path) -> dict[str, str] | None:
