@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import subprocess
@@ -21,10 +22,10 @@ def run(*arguments: str) -> None:
         sys.exit(done.returncode)
 
 
-def serve() -> subprocess.Popen[str]:
-    """Start ``nemobuild serve`` and wait for the line that says it is ready."""
-    print(f"\n$ nemobuild serve {PROFILE} &", flush=True)
-    command = [sys.executable, "-m", "nemobuild", "serve", PROFILE]
+def up() -> subprocess.Popen[str]:
+    """Start ``nemobuild up`` and wait for the line that says it is ready."""
+    print(f"\n$ nemobuild up {PROFILE} &", flush=True)
+    command = [sys.executable, "-m", "nemobuild", "up", PROFILE]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -37,25 +38,23 @@ def serve() -> subprocess.Popen[str]:
 def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the server is stopped then too
     begin = time.monotonic()
-    for stage in ("checkpoint", "repository"):
-        shutil.rmtree(Path("build") / PROFILE / stage, ignore_errors=True)
-    run("fetch", "smollm2-cpu")  # the model as it was published: uniform blocks
-    run("fetch", PROFILE)  # the same, block-wise, with the attention of two blocks removed
-    run("inspect", PROFILE)
-    run("convert", PROFILE)
-    run("verify", PROFILE)
-    run("repo", PROFILE)
-    server = serve()
+    shutil.rmtree(Path("build") / PROFILE, ignore_errors=True)
+    os.environ["NEMOBUILD_STORE"] = str(Path("build") / PROFILE / "store")  # nothing of an earlier run is used
+    run("inspect", "super-49b-v1.5")  # its configuration is known offline
+    run("plan", PROFILE)
+    server = up()  # a small model of the same kind: the attention of two of its blocks is removed
     try:
         run("chat", QUESTION, "--temperature", "0")
     finally:
         server.send_signal(signal.SIGINT)
         server.wait()
-    run("inspect", "super-49b-v1.5")  # its configuration is known offline
+    run("inspect", PROFILE)
+    run("verify", PROFILE)  # what the conversion to FP8 cost
+    run("build", PROFILE, "--dry-run")  # nothing is left to do
     print(
         f"\nDone in {time.monotonic() - begin:.0f} s. Next, keep it running in one terminal and talk to it in another:"
     )
-    print(f"  .venv/bin/nemobuild serve {PROFILE}\n  .venv/bin/nemobuild chat")
+    print(f"  .venv/bin/nemobuild up {PROFILE}\n  .venv/bin/nemobuild chat")
 
 
 if __name__ == "__main__":
