@@ -202,7 +202,7 @@ class _Writer:
             vocab_size=spec.vocab_size,
             bos_token=special_token(config, "bos_token", self._tokenizer),
             end_token_ids=spec.end_token_ids,
-            limits=Limits(context, context, context),
+            limits=Limits(MAX_LINE_BYTES, MAX_LINE_BYTES, context),  # what is too long is cut, not refused
             reasoning=self._policy,
             template_variables={"eos_token": eos or ""},
         )
