@@ -18,6 +18,7 @@ import shlex
 import statistics
 import sys
 import tempfile
+import time
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,7 @@ class Measured:
 
 RESULTS = Path(__file__).parent / "results"
 WAYS = ("engine", "chat", "stateless", "naive")
+_SINGLE = 100
 
 
 def main() -> None:
@@ -72,10 +74,14 @@ def main() -> None:
                     }
                 )
                 print(f"round {number} of {options.repeats}{' (not counted)' * (number == 0)}", file=sys.stderr)
+            first_ms = {
+                tokens: first_token_ms(endpoint.grpc_url, tokenizer, cues[0], tokens) for tokens in (8, options.tokens)
+            }
     report = {
         "command": shlex.join(["python", "benchmarks/text_service.py", *sys.argv[1:]]),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "tokens": options.tokens,
+        "first_token_ms": first_ms,
         "repeats": options.repeats,
         "measured": [
             {"way": way, "streams": count} | _medians([r[way, count] for r in rounds[1:]])
@@ -112,7 +118,21 @@ def markdown(report: dict[str, Any]) -> str:
             f" | {cpu:.3f} | {cpu / base['cpu_s_per_1000_tokens']:.2f} | {row['right']:.0%}"
             f" | {row['first_token_ms']:.1f} | {row['responses_per_token']:.2f} |"
         )
+    lines += ["", f"The first token of one stream on an otherwise idle server, p50 of {_SINGLE} in turns:", ""]
+    lines += ["| tokens of the answer | engine ms | chat ms | added ms |", "|---:|---:|---:|---:|"]
+    for tokens, ms in report["first_token_ms"].items():
+        lines.append(f"| {tokens} | {ms['engine']:.2f} | {ms['chat']:.2f} | {ms['chat'] - ms['engine']:.2f} |")
     return "\n".join([*lines, ""])
+
+
+def first_token_ms(url: str, tokenizer: Tokenizer, cue: str, tokens: int) -> dict[str, float]:
+    """Way -> median wait for the first token, when nobody else asks; an engine goes on at full speed after it."""
+    waits: dict[str, list[float]] = {"engine": [], "chat": []}
+    for _ in range(_SINGLE):
+        for way, found in waits.items():
+            found.append(1000 * run(url, [_request(way, tokenizer, cue, tokens)])[0].first_s)
+            time.sleep(0.02)
+    return {way: round(statistics.median(found), 3) for way, found in waits.items()}
 
 
 def measure(url: str, group: int, way: str, tokenizer: Tokenizer, texts: list[list[int]], cues: list[str]) -> Measured:

@@ -79,7 +79,8 @@ def rebuild(
             brought = _bring(name, profile, commit, store, tell, on_progress)
             steps = [*brought, *build(name, options, on_step=on_step, on_progress=on_progress)]
             keys = stage_keys(name)
-            if current is not None and current == last and keys == dict(current.keys):
+            is_proven = current is not None and current.gates == "passed" and keys == dict(current.keys)
+            if current is not None and current == last and is_proven:
                 return Rebuilt("nothing new", commit, current)
             if current is not None and (undone := _undone(store, current, keys)) is not None:
                 restore(name, current)
@@ -94,7 +95,7 @@ def rebuild(
         aside = None
         if not passed:
             aside = _set_aside(name, keys, current)
-        elif current is None or keys != dict(current.keys):
+        elif not is_proven:  # new, or what `up` had published without asking
             current = store.publish(title, keys, revision=commit, gates="passed", note="; ".join(changed)[:500])
         found = Report(
             title=f"Rebuild of {title}",

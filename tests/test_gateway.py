@@ -286,6 +286,8 @@ def test_a_key_is_needed_and_can_be_revoked(road, keys):
             assert json.loads(text)["error"]["code"] == "invalid_api_key"
     assert raw(road, "/v1/models", headers={"authorization": key})[0] == 401  # no scheme
     assert raw(road, "/health")[0] == 200  # a probe has no key, and learns nothing
+    with urllib.request.urlopen(urllib.request.Request(f"{road.url}/health", method="HEAD"), timeout=30) as answer:
+        assert answer.status == 200 and answer.read() == b""
     second = make_key(file, "guest")
     assert raw(road, "/v1/chat/completions", chat, second)[0] == 200
     kept = [line for line in file.read_text().splitlines() if not line.startswith("guest ")]

@@ -21,6 +21,7 @@ import yaml
 from nemobuild.cli.rebuild import rebuild as command
 from nemobuild.demo import write_smollm2
 from nemobuild.errors import IntegrityError, NemobuildError, RemoteError, UsageError, VerificationFailed
+from nemobuild.gates.results import Check, Gate
 from nemobuild.pipeline import Options, build, publish, stage_keys
 from nemobuild.rebuild import _version, rebuild
 from nemobuild.store import Store
@@ -310,6 +311,22 @@ def test_only_one_rebuild_at_a_time(tiny: HubServer) -> None:
         rebuild("small.yaml")
     assert caught.value.code == "busy"
     assert not tiny.downloads()[len(set(tiny.downloads())) :]  # nothing was fetched a second time
+
+
+def test_what_was_published_without_gates_is_judged_once(tiny: HubServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    repo = tiny.repos[REPO]
+    repo.branches["main"] = next(iter(repo.commits))  # that of version 1
+    gates: list[Gate] = [Gate("prompts", (Check("all", "bad", "", False),))]
+    judged = []
+    monkeypatch.setattr("nemobuild.rebuild.judge", lambda *_: (judged.append(1) or tuple(gates), {}))
+    before = held()
+    refused = rebuild("small.yaml")
+    assert refused.status == "failed" and refused.publication == Store().current("small") and held() == before
+    gates[:] = [Gate("prompts", (Check("all", "good", "", True),))]
+    passed = rebuild("small.yaml")
+    assert passed.status == "published" and passed.publication is not None
+    assert (passed.publication.number, passed.publication.gates, dict(passed.publication.keys)) == (2, "passed", before)
+    assert rebuild("small.yaml").status == "nothing new" and len(judged) == 2
 
 
 def test_what_was_published_of_a_commit_can_be_named(tiny: HubServer) -> None:

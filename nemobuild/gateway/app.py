@@ -183,10 +183,9 @@ def make_app(config: GatewayConfig) -> Callable[..., Awaitable[None]]:
     private.add_api_route("/v1/models/{name:path}", gateway.model)
     private.add_api_route("/metrics", lambda: Response(gateway.metrics.text(), media_type="text/plain; version=0.0.4"))
     app.include_router(private)
-    app.add_api_route("/health", gateway.health)
-    app.add_api_route("/health/live", lambda: {"live": True})
     page = HTMLResponse(_PAGE.read_text(encoding="utf-8"), headers=_PAGE_HEADERS)
-    app.add_api_route("/", lambda: page)
+    for path, answer in (("/health", gateway.health), ("/health/live", lambda: {"live": True}), ("/", lambda: page)):
+        app.add_api_route(path, answer, methods=["GET", "HEAD"])  # load balancers ask by HEAD
     app.add_exception_handler(ApiError, _show)  # type: ignore[arg-type]
     app.add_exception_handler(HTTPException, _show_http)  # type: ignore[arg-type]
     app.add_exception_handler(Exception, _show_fault)
