@@ -1,9 +1,10 @@
 """Builds that end at one exact operation on files: half of a write done, then SIGKILL, or the disk full from there on.
+Or they do not end, and each such operation takes its time.
 
 Points are counted, not timed, so a test names the same ones on every machine. One process imports everything and
 forks a child for each point, which keeps a point below a second.
 
-    python -m tests.dying kill|full TEMPLATE WORK PROFILE POINT...
+    python -m tests.dying kill|full|slow TEMPLATE WORK PROFILE POINT...
 
 ``TEMPLATE`` is the folder that every point begins with a copy of. A point is a share of all operations (``0.25``), or
 ``step:2`` for the second time that ``build`` tells of a step. Prints one JSON line for each point.
@@ -18,6 +19,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -30,6 +32,7 @@ from nemobuild.pipeline import build
 
 _EVENTS = {"os.rename", "os.link", "os.mkdir", "os.remove", "os.rmdir", "os.truncate", "os.utime"}
 _NEEDS_SPACE = {"os.link", "os.mkdir", "open", "write"}
+_SLOW_S = 0.01
 _WRITES = ("write", "pwrite", "sendfile", "fsync", "fdatasync", "ftruncate")
 
 
@@ -58,6 +61,8 @@ class Meter:
 
     def _count(self, event: str, name: str = "", really: Any = None, arguments: tuple[Any, ...] = ()) -> None:
         self.seen = next(self.operations)
+        if self.mode == "slow":
+            time.sleep(_SLOW_S)
         if self.seen == self.at:
             if name in ("write", "pwrite"):
                 half = bytes(arguments[1])[: len(arguments[1]) // 2]
@@ -105,7 +110,7 @@ def main() -> None:
     for point in points:
         folder = Path(shutil.copytree(template, Path(work) / point.replace(":", "-")))
         at_step = int(point[5:]) if point.startswith("step:") else None
-        at = max(1, round(float(point) * operations)) if at_step is None else None
+        at = max(1, round(float(point) * operations)) if at_step is None and mode != "slow" else None
         died, _ = in_child(folder, profile, mode, at, at_step)
         ended, _ = in_child(folder, profile, "none")
         print(json.dumps({"point": point, "died": died, "ended": ended}), flush=True)

@@ -123,6 +123,14 @@ def test_a_full_disk_is_told_and_nothing_half_is_left(source, tmp_path):
         assert objects(tmp_path / point) == objects(tmp_path / "whole"), point
 
 
+def test_a_slow_file_system_changes_nothing(source, tmp_path):
+    """A hundredth of a second for each operation that changes a file, as on a network's."""
+    found, said = die("slow", fetched(tmp_path / "template", source, **GPU), tmp_path, ["1"])
+    assert [(one["died"], one["ended"]) for one in found] == [(0, 0)], said
+    assert content(tmp_path / "1" / "build" / "tiny") == content(tmp_path / "whole" / "build" / "tiny")
+    assert objects(tmp_path / "1") == objects(tmp_path / "whole")
+
+
 def flip(file, at=None):
     """Turn one bit of ``file`` around; its size, and its time, stay."""
     kept, data = file.stat(), bytearray(file.read_bytes())
