@@ -272,7 +272,7 @@ class _LogSumExp:
     def __init__(self, count: int) -> None:
         self.peak = np.full(count, -np.inf)
         self.sum = np.zeros(count)
-        self.likeliest = np.zeros(count, np.int64)
+        self.likeliest: Array = np.zeros(count, np.int64)
 
     def add(self, logits: Array, start: int) -> tuple[Array, Array]:
         """exp(logits - new peak), and the factor by which sums of earlier pieces shrink."""
