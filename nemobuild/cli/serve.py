@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from nemobuild.cli import output
-from nemobuild.cli.options import Json
+from nemobuild.cli.options import ApiKeys, Json, OpenAi, OpenAiHost, OpenAiPort, ReadyTimeout
 
 
 def serve(
@@ -31,15 +31,11 @@ def serve(
             "default: this machine's if it can.",
         ),
     ] = None,
-    openai: Annotated[bool, typer.Option("--openai", help="Also serve OpenAI's API and a page to talk on.")] = False,
-    openai_host: Annotated[
-        str | None, typer.Option(help="Address of the gateway; default: 127.0.0.1. Others need --api-keys.")
-    ] = None,
-    openai_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8080, or a free one.")] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File of hashed keys, made by `nemobuild key`; the gateway then asks for one.")
-    ] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
+    openai: OpenAi = False,
+    openai_host: OpenAiHost = None,
+    openai_port: OpenAiPort = None,
+    api_keys: ApiKeys = None,
+    timeout_s: ReadyTimeout = 600.0,
     json: Json = False,
 ) -> None:
     """Serve a repository with Triton over gRPC and HTTP, and as OpenAI's API, until Ctrl-C."""

@@ -2,28 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nemobuild.cli import output
-from nemobuild.cli.options import Events, Json
+from nemobuild.cli.options import ApiKeys, Events, Json, OpenAi, OpenAiHost, OpenAiPort, ReadyTimeout
 
 
 def up(
     profile: Annotated[str, typer.Argument(help="Profile name or YAML file.")],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be done, and why.")] = False,
     device: Annotated[str, typer.Option(help="Where FP8 is calibrated: cpu or cuda.")] = "cpu",
-    openai: Annotated[bool, typer.Option("--openai", help="Also serve OpenAI's API and a page to talk on.")] = False,
-    openai_host: Annotated[
-        str | None, typer.Option(help="Address of the gateway; default: 127.0.0.1. Others need --api-keys.")
-    ] = None,
-    openai_port: Annotated[int | None, typer.Option(min=1, max=65535, help="Default: 8080, or a free one.")] = None,
-    api_keys: Annotated[
-        Path | None, typer.Option(help="File of hashed keys, made by `nemobuild key`; the gateway then asks for one.")
-    ] = None,
-    timeout_s: Annotated[float, typer.Option("--timeout", min=1, help="Seconds to wait until it is ready.")] = 600.0,
+    openai: OpenAi = False,
+    openai_host: OpenAiHost = None,
+    openai_port: OpenAiPort = None,
+    api_keys: ApiKeys = None,
+    timeout_s: ReadyTimeout = 600.0,
     events: Events = False,
     json: Json = False,
 ) -> None:
