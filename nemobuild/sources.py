@@ -6,13 +6,17 @@ model, which comes out of a Python package.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nemobuild.config import load_profile
 from nemobuild.errors import NemobuildError, UsageError
 from nemobuild.model.hf_config import load_json
 from nemobuild.places import COMMIT, is_profile, place
+
+if TYPE_CHECKING:
+    from nemobuild.weights.slice import Slice
 
 _PACKAGED = {"package:smollm2-llama": "llama", "package:smollm2-nas": "nas"}
 
@@ -55,6 +59,30 @@ def fetch_source(
     from nemobuild.weights import hub
 
     return hub.fetch(name, revision or "main", _needed(target, source), progress=progress)
+
+
+def plan_slice(source: str, revision: str | None, blocks: Sequence[int] | None) -> Slice:
+    """The slice of these blocks of ``source`` (``None``: one of each kind), before any weight is read.
+
+    ``source`` is a Hub id, a folder, or a profile with one of them. Raises as ``fetch_source`` does.
+    """
+    from nemobuild.weights import slice as slices
+
+    name = source
+    if is_profile(source):
+        model = load_profile(source).model
+        name, revision = model.source, revision or model.revision
+    if name in _PACKAGED:
+        raise UsageError(
+            "packaged-source",
+            f"{name} is small, and comes whole.",
+            next=f"nemobuild fetch {source} -o FOLDER; then cut FOLDER.",
+        )
+    if Path(name).is_dir():
+        if revision is not None:
+            raise UsageError("local-source", f"{name} is a folder here: it has no revisions.")
+        return slices.plan_slice(slices.folder_origin(Path(name)), blocks)
+    return slices.plan_slice(slices.hub_origin(name, revision or "main"), blocks)
 
 
 def known_source(name: str, revision: str | None) -> dict[str, str] | None:

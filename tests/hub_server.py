@@ -21,7 +21,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = "hf_test_token"
-_RANGE = re.compile(r"bytes=(\d+)-")
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 @dataclass
@@ -212,7 +212,9 @@ def hub_server() -> Iterator[HubServer]:
             match = _RANGE.fullmatch(self.headers.get("Range", ""))
             if match and kind != "no-range":
                 start, status = int(match[1]), 206
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+                end = min(int(match[2] or len(data)), len(data) - 1)
+                headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+                data = data[: end + 1]
             body = data[start:]
             if kind == "other-bytes":
                 body = body[:-1] + bytes([body[-1] ^ 1])

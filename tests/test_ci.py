@@ -101,15 +101,27 @@ def test_every_nemobuild_line_is_one_that_the_command_takes(gitlab: bool) -> Non
     """The jobs of a template are read by the command's own parser, with names for their variables."""
     _, text = workflow(PROFILES[0], SOURCE, gitlab=gitlab)
     group = typing.cast("typing.Any", typer.main.get_command(app))
-    names = {"$PROFILE": PROFILES[0], "$CPU_PROFILE": PROFILES[2]}
+    names = {"$PROFILE": PROFILES[0], "$CPU_PROFILE": PROFILES[2], "$SLICE": "slice"}
     found = set()
     for line in text.splitlines():
         for part in line.split("nemobuild ")[1:] if line.strip().startswith(("-", "run:", "nemobuild", "echo")) else []:
-            words = [names.get(word.strip('"'), word) for word in part.split("|")[0].split(";")[0].split()]
+            words = [names.get(word.strip('"'), word) for word in re.split("[|;>]", part)[0].split()]
             if words and words[0] in group.commands:
                 group.commands[words[0]].make_context(words[0], words[1:])
                 found.add(words[0])
-    assert found >= {"plan", "rebuild", "doctor"}
+    assert found >= {"plan", "fetch", "convert", "verify", "rebuild", "doctor"}
+
+
+@pytest.mark.parametrize("gitlab", [False, True])
+def test_a_slice_is_converted_where_the_model_is_on_the_hub_and_small_enough(gitlab: bool) -> None:
+    for profile, has in (*((p, True) for p in PROFILES[:2]), (PROFILES[2], False), ("ultra-253b-v1-8xh100-fp8", False)):
+        text = workflow(profile, SOURCE, gitlab=gitlab)[1]
+        assert ("--blocks auto" in text) is has, profile
+        assert "slice:" not in text and ":slice" not in text
+        job = yaml.safe_load(text)["cpu"] if gitlab else yaml.safe_load(text)["jobs"]["cpu"]
+        lines = job["script"] if gitlab else [step.get("run", "") for step in job["steps"]]
+        assert any("verify" in line and "--weights-only" in line for line in lines) is has
+        assert any("rebuild" in line for line in lines)
 
 
 def test_the_gpu_never_runs_what_a_pull_request_brings() -> None:

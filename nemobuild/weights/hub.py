@@ -16,6 +16,7 @@ import json
 import shutil
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from fnmatch import fnmatchcase
 from pathlib import Path
 from threading import Event
@@ -34,7 +35,7 @@ _WANTED = (
 )
 _NEVER = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt", "*.gguf", "*.onnx", "*.h5", "*.msgpack")
 _CONNECTIONS = 4
-_PAUSES_S = (1.0, 4.0, 15.0)
+PAUSES_S = (1.0, 4.0, 15.0)
 
 
 def fetch(
@@ -45,7 +46,7 @@ def fetch(
     endpoint: str | None = None,
     token: str | None = None,
     progress: Progress | None = None,
-    pauses_s: Sequence[float] = _PAUSES_S,
+    pauses_s: Sequence[float] = PAUSES_S,
     before: Path | None = None,
 ) -> Path:
     """The model ``repo_id`` at ``revision`` (commit, tag or branch) in folder ``dest``, with ``source.json``.
@@ -59,8 +60,7 @@ def fetch(
     dest = dest.absolute()
     if COMMIT.fullmatch(revision) and _is_fetched(dest, repo_id, revision):
         return dest
-    lock = hashlib.sha256(str(dest).encode()).hexdigest()[:16]
-    with file_lock(cache_folder() / "locks" / f"{lock}.lock"):
+    with lock_on(dest):
         hub = HubClient(repo_id, endpoint, token, pauses_s)
         commit, files = hub.listing(revision)
         if _is_fetched(dest, repo_id, commit):
@@ -68,9 +68,7 @@ def fetch(
         wanted = select(files, repo_id)
         stage = dest.with_name(f"{dest.name}.partial-{commit[:12]}")
         try:
-            for other in dest.parent.glob(f"{glob.escape(dest.name)}.partial-*"):
-                if other != stage:
-                    shutil.rmtree(other)
+            clear_partial(dest, stage)
             stage.mkdir(parents=True, exist_ok=True)
             jobs = _jobs(hub, commit, files, wanted, stage)
             if before is not None:
@@ -84,7 +82,7 @@ def fetch(
     return dest
 
 
-def newest_commit(repo_id: str, revision: str, *, pauses_s: Sequence[float] = _PAUSES_S) -> str:
+def newest_commit(repo_id: str, revision: str, *, pauses_s: Sequence[float] = PAUSES_S) -> str:
     """The commit that ``revision`` of ``repo_id`` means now; a full one is not asked for. Raises as ``fetch`` does."""
     if COMMIT.fullmatch(revision):
         return revision
@@ -108,22 +106,25 @@ def _jobs(
     hub: HubClient, commit: str, files: Mapping[str, RemoteFile], wanted: Sequence[RemoteFile], stage: Path
 ) -> list[RemoteFile]:
     """All files to fetch, largest first. The index says which shards belong to the model; repositories hold others."""
-    shards = [SINGLE]
-    if INDEX in files:
-        try:
-            hub.download(commit, files[INDEX], stage / INDEX, Meter(0, None), Event())
-            weight_map = load_json(stage / INDEX).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-                raise IntegrityError("bad-index", f"{INDEX} of {hub.repo_id} has no usable weight_map.")
-            shards = sorted(set(weight_map.values()))
-            if absent := [n for n in shards if n not in files or not n.endswith(".safetensors")]:
-                raise IntegrityError(
-                    "shard-missing", f"{INDEX} of {hub.repo_id} names {absent[0]!r}, which is not there."
-                )
-        except IntegrityError:
-            shutil.rmtree(stage)  # nothing to go on from
-            raise
+    try:
+        shards = sorted(set(weight_map(hub, commit, files, stage).values())) or [SINGLE]
+    except IntegrityError:
+        shutil.rmtree(stage)  # nothing to go on from
+        raise
     return sorted([*wanted, *(files[n] for n in shards)], key=lambda f: -f.size_bytes)
+
+
+def weight_map(hub: HubClient, commit: str, files: Mapping[str, RemoteFile], folder: Path) -> dict[str, str]:
+    """Shard of every tensor, by the index, which is brought to ``folder``; empty where the model is a single file."""
+    if INDEX not in files:
+        return {}
+    hub.download(commit, files[INDEX], folder / INDEX, Meter(0, None), Event())
+    found = load_json(folder / INDEX).get("weight_map")
+    if not isinstance(found, dict) or not found or not all(isinstance(v, str) for v in found.values()):
+        raise IntegrityError("bad-index", f"{INDEX} of {hub.repo_id} has no usable weight_map.")
+    if absent := [n for n in sorted(set(found.values())) if n not in files or not n.endswith(".safetensors")]:
+        raise IntegrityError("shard-missing", f"{INDEX} of {hub.repo_id} names {absent[0]!r}, which is not there.")
+    return found
 
 
 def _take_over(before: Path, jobs: Sequence[RemoteFile], stage: Path) -> None:
@@ -168,22 +169,27 @@ def _download_all(
     }
 
 
-def _is_fetched(dest: Path, repo_id: str, commit: str) -> bool:
-    """Whether ``dest`` holds this commit, with files of the recorded sizes. Refuses a ``dest`` with other things."""
+def lock_on(dest: Path) -> AbstractContextManager[None]:
+    """Held by whoever writes to ``dest``; another process waits."""
+    name = hashlib.sha256(str(dest).encode()).hexdigest()[:16]
+    return file_lock(cache_folder() / "locks" / f"{name}.lock")
+
+
+def is_whole(dest: Path, origin: Mapping[str, object], what: str) -> bool:
+    """Whether ``dest`` holds ``what``: ``origin`` is in its ``source.json``, and files have the recorded sizes.
+
+    Refuses a ``dest`` with other things.
+    """
     if not dest.exists() or (dest.is_dir() and not any(dest.iterdir())):
         return False
     try:
         record = load_json(dest / SOURCE)
-        found = record["repo"], record["commit"]
-        files = {str(name): int(entry["bytes"]) for name, entry in record["files"].items()}
+        files = {str(name): int(entry["bytes"]) for name, entry in record.pop("files").items()}
     except (NemobuildError, KeyError, TypeError, ValueError, AttributeError):
-        found, files = ("something else", ""), {}
-    if found != (repo_id, commit):
-        raise UsageError(
-            "folder-exists",
-            f"{dest} exists and holds {found[0]}{f' at {found[1]}' if found[1] else ''}, not {repo_id} at {commit}.",
-            next="Choose a new folder.",
-        )
+        record, files = {}, {}
+    if record != origin:
+        found = f"{record['repo']} at {record['commit']}" if {"repo", "commit"} <= record.keys() else "something else"
+        raise UsageError("folder-exists", f"{dest} exists and holds {found}, not {what}.", next="Choose a new folder.")
     for name, size_bytes in files.items():
         file = dest / name
         if not FILE_NAME.fullmatch(name) or not file.is_file() or file.stat().st_size != size_bytes:
@@ -193,3 +199,14 @@ def _is_fetched(dest: Path, repo_id: str, commit: str) -> bool:
                 next=f"Remove {dest} and run the same command again.",
             )
     return True
+
+
+def clear_partial(dest: Path, keep: Path) -> None:
+    """Remove what downloads of something else than ``keep`` left beside ``dest``. Needs the lock on ``dest``."""
+    for other in dest.parent.glob(f"{glob.escape(dest.name)}.partial-*"):
+        if other != keep:
+            shutil.rmtree(other)
+
+
+def _is_fetched(dest: Path, repo_id: str, commit: str) -> bool:
+    return is_whole(dest, {"repo": repo_id, "commit": commit}, f"{repo_id} at {commit}")

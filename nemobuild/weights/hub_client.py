@@ -12,7 +12,7 @@ import importlib
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Lock
@@ -28,6 +28,7 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,250}")  # top level only,
 COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK_BYTES = 1 << 20
 _LISTING_TIMEOUT_S = 30.0
+_SILENCE_TIMEOUT_S = 30.0
 _TRANSIENT_STATUS = (408, 500, 502, 503, 504)
 _AGAIN = "Run the same command again; it goes on where it stopped."
 _LOGIN = "Run 'hf auth login' with an account that may read it, then the same command again."
@@ -158,6 +159,52 @@ class HubClient:
                     )
             stop.wait(pause_s)
         raise AssertionError("unreachable")
+
+    def read_range(self, commit: str, file: RemoteFile, start: int, count: int, stop: Event) -> Iterator[bytes]:
+        """``count`` bytes of ``file`` from byte ``start``, in pieces; after a cut it goes on after the last whole one.
+
+        A digest is of a whole file, so nothing proves these bytes but what the server says that they are.
+        """
+        done, pauses_s = 0, list(self.pauses_s)
+        while done < count:
+            before = done
+            try:
+                for piece in self._pieces(commit, file, start + done, start + count):
+                    done += len(piece)
+                    yield piece
+            except NemobuildError:
+                raise
+            except Exception as error:  # of the transport library, which differs between versions
+                pauses_s = list(self.pauses_s) if done > before else pauses_s
+                if not pauses_s or not _is_transient(error):
+                    raise self.refusal(error, commit, file.name) from error
+                stop.wait(pauses_s.pop(0))
+
+    def _pieces(self, commit: str, file: RemoteFile, start: int, end: int) -> Iterator[bytes]:
+        """Bytes ``start`` to ``end``, exclusive, of one answer, which must be of that range and of that length."""
+        utils: Any = importlib.import_module("huggingface_hub.utils")
+        url = self.library.hf_hub_url(self.repo_id, file.name, revision=commit, endpoint=self.endpoint)
+        session, more = utils.get_session(), {"timeout": _SILENCE_TIMEOUT_S}
+        more["headers"] = self.headers | {"Range": f"bytes={start}-{end - 1}"}
+        # httpx since version 1 of the library, requests before.
+        is_httpx = callable(session.stream)
+        with session.stream("GET", url, **more) if is_httpx else session.get(url, stream=True, **more) as reply:
+            utils.hf_raise_for_status(reply)
+            said, left = reply.headers.get("Content-Range"), end - start
+            if reply.status_code != 206 or said not in (f"bytes {start}-{end - 1}/{n}" for n in (file.size_bytes, "*")):
+                raise RemoteError(
+                    "no-ranges",
+                    f"The server of {self.repo_id} did not answer with the part of {file.name} that was asked for.",
+                    why=f"It answered with status {reply.status_code}, {said or 'the file from its start'}.",
+                    next="Fetch from the Hub itself (HF_ENDPOINT unset), or the whole model and then cut its folder.",
+                )
+            for piece in reply.iter_bytes(_CHUNK_BYTES) if is_httpx else reply.iter_content(_CHUNK_BYTES):
+                left -= len(piece)
+                if left < 0:
+                    raise IntegrityError("wrong-bytes", f"A part of {file.name} is longer than it says.", next=_AGAIN)
+                yield piece
+        if left:
+            raise OSError(f"the answer ended {left} bytes early")
 
     def _checked(self, info: Any, revision: str) -> tuple[str, dict[str, RemoteFile]]:
         commit = str(info.sha)
