@@ -17,17 +17,9 @@ from nemobuild.doctor.exposure import Service, check_exposure, identify, judge
 from nemobuild.doctor.machine import Listener
 from nemobuild.triton.carrier import find_triton
 from nemobuild.triton.server import choose_endpoint, running
-from tests.test_server import write_model
+from tests.test_server import ANSWERING, write_model
 
 pytestmark = pytest.mark.xdist_group("triton")
-ANSWERING = (
-    "import numpy as np, triton_python_backend_utils as pb\n"
-    "class TritonPythonModel:\n"
-    "    def execute(self, requests):\n"
-    "        for r in requests:\n"
-    "            text = pb.Tensor('text_output', np.array([[b'x']], dtype=np.object_))\n"
-    "            r.get_response_sender().send(pb.InferenceResponse([text]), pb.TRITONSERVER_RESPONSE_COMPLETE_FINAL)\n"
-)
 
 
 def at(port: int, address: str = "127.0.0.1") -> Listener:

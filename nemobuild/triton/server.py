@@ -38,6 +38,9 @@ _STACK_BYTES = 256 << 20
 _FIRST_TOKEN_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _REMOVAL_TIMEOUT_S = 30.0
+# On a loaded machine Triton 2.51 now and then loses a race with its own Python processes as they start, and aborts.
+_START_RACE = "boost::interprocess::lock_exception"
+_STARTS = 3
 
 
 def choose_endpoint(
@@ -100,13 +103,30 @@ def running(
     launch = choose_launch(made, repository, endpoint, server_id, where, cards)
     if on_start:
         on_start(launch)
+    for start in range(1, _STARTS + 1):
+        process = _start(launch, repository, log)
+        try:
+            _wait_ready(process, made, endpoint, server_id, log, ready_timeout_s, on_wait)
+            break
+        except BaseException as error:
+            _stop(process, launch, server_id)
+            if not isinstance(error, ChildFailed) or start == _STARTS or _START_RACE not in tail(log):
+                raise
+    try:
+        with guarded(process, log):
+            yield process
+    finally:
+        _stop(process, launch, server_id)
+
+
+def _start(launch: Launch, repository: Path, log: Path) -> subprocess.Popen[bytes]:
     try:
         log.parent.mkdir(parents=True, exist_ok=True)
-        with log.open("wb") as stream_out:
-            process = subprocess.Popen(
+        with log.open("wb") as out:
+            return subprocess.Popen(
                 with_us(launch.command, _STACK_BYTES),
                 stdin=subprocess.DEVNULL,
-                stdout=stream_out,
+                stdout=out,
                 stderr=subprocess.STDOUT,
                 env=os.environ | dict(launch.env),
                 cwd=repository,
@@ -114,12 +134,6 @@ def running(
             )
     except OSError as error:
         raise from_os_error(error, error.filename or log, "starting Triton, log") from error
-    try:
-        _wait_ready(process, made, endpoint, server_id, log, ready_timeout_s, on_wait)
-        with guarded(process, log):
-            yield process
-    finally:
-        _stop(process, launch, server_id)
 
 
 def died(status: int, made: Emitted, log: Path) -> NemobuildError:
