@@ -159,8 +159,8 @@ def _checkpoint_wanted(plan: Plan, name: str, timing_cache: Path | None, below: 
         "kv_cache": form.kv_cache,
         "kv_scales": form.kv_scales,
         "format": form.format,
-        "tensor_parallel": form.tensor_parallel,
-        "pipeline_parallel": form.pipeline_parallel,
+        "tensor_parallel": form.files_for[0],
+        "pipeline_parallel": form.files_for[1],
         **{f"calibration.{k}": v for k, v in (_calibration(plan, snapshot.path) if calibrates else {}).items()},
         "nemobuild": __version__,
     }

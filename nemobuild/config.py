@@ -74,6 +74,11 @@ class CheckpointConfig(_Strict):
     def ranks(self) -> int:
         return self.tensor_parallel * self.pipeline_parallel
 
+    @property
+    def files_for(self) -> tuple[int, int]:
+        """Tensor and pipeline ranks that the files are split for; a Hugging Face folder is split when it is loaded."""
+        return (self.tensor_parallel, self.pipeline_parallel) if self.format == "trtllm" else (1, 1)
+
 
 Share = Annotated[float, Field(ge=0, le=1)]
 

@@ -77,8 +77,8 @@ def _convert_to(target: Path, plan: Plan, name: str, options: Options, progress:
     shape: dict[str, Any] = {
         "format": form.format,
         "kv_cache": form.kv_cache,
-        "tp": form.tensor_parallel,
-        "pp": form.pipeline_parallel,
+        "tp": form.files_for[0],
+        "pp": form.files_for[1],
     }
 
     def show(now: Progress) -> None:

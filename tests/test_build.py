@@ -446,6 +446,14 @@ def test_llmapi_in_bf16_needs_no_checkpoint(here, source):
     assert actions(build("tiny.yaml")) == {"repository": "keep"}
 
 
+def test_llmapi_on_two_cards_has_one_folder_for_both(here, source):
+    two = {"machine__count": 2, "checkpoint__tensor_parallel": 2, "checkpoint__format": "hf", "build": {}}
+    fp8 = {"checkpoint__precision": "fp8", "checkpoint__calibration": {"samples": 2, "tokens_per_sample": 32}}
+    write_profile(here / "tiny.yaml", source, runtime="llmapi", **two, **fp8)
+    assert actions(build("tiny.yaml")) == {"checkpoint": "make", "repository": "make"}
+    assert actions(build("tiny.yaml")) == {"checkpoint": "keep", "repository": "keep"}
+
+
 def test_the_commands_are_those_that_run(here):
     lines = commands(load_plan("tiny.yaml"))
     build("tiny.yaml")
