@@ -16,6 +16,7 @@ import pytest
 
 from nemobuild.errors import ChildFailed, RemoteError, UsageError
 from nemobuild.triton.client import stream
+from nemobuild.triton.launch import Endpoint
 from nemobuild.triton.server import choose_endpoint, log_failure, running
 from tests.processes import command_lines
 
@@ -133,6 +134,22 @@ def test_a_start_that_loses_a_race_inside_triton_is_made_again(tmp_path, lost):
     else:
         with server as process:
             assert process.poll() is None and len(starts.read_text()) == 2
+
+
+def test_a_port_for_metrics_that_another_takes_as_triton_starts(tmp_path):
+    """Triton says so, answers for a while, and then crashes; so it is started again, and refused in the end."""
+    write_model(tmp_path / "repository", ANSWERING)
+    starts = []
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        free = choose_endpoint(ports=FREE)
+        endpoint = Endpoint(free.host, free.http_port, free.grpc_port, taken.getsockname()[1])
+        with pytest.raises(ChildFailed, match=f"port {endpoint.metrics_port} for metrics") as failed:
+            server = running(tmp_path / "repository", endpoint, tmp_path / "log", ready_timeout_s=60)
+            with server:
+                starts.append(1)
+    assert failed.value.code == "no-metrics" and not starts
 
 
 def test_another_server_on_the_same_port_is_not_taken_for_ours(tmp_path):

@@ -38,8 +38,10 @@ _STACK_BYTES = 256 << 20
 _FIRST_TOKEN_TIMEOUT_S = 60.0
 _GRACE_S = 15.0
 _REMOVAL_TIMEOUT_S = 30.0
-# On a loaded machine Triton 2.51 now and then loses a race with its own Python processes as they start, and aborts.
-_START_RACE = "boost::interprocess::lock_exception"
+# On a loaded machine Triton 2.51 now and then loses a race with its own Python processes as they start, and aborts; or
+# another process looked for free ports at the very moment when it opened one of them.
+_START_RACES = ("boost::interprocess::lock_exception", "already in use")
+_NO_METRICS = "failed to start Metrics service"
 _STARTS = 3
 
 
@@ -110,7 +112,7 @@ def running(
             break
         except BaseException as error:
             _stop(process, launch, server_id)
-            if not isinstance(error, ChildFailed) or start == _STARTS or _START_RACE not in tail(log):
+            if not isinstance(error, ChildFailed) or start == _STARTS or not any(r in tail(log) for r in _START_RACES):
                 raise
     try:
         with guarded(process, log):
@@ -188,6 +190,13 @@ def _wait_ready(
         raise ChildFailed(
             "no-first-token", "Triton started, but did not generate a token.", why=str(error), next=f"See {log}."
         ) from error
+    if _NO_METRICS in tail(log):  # it goes on for a while, and then crashes
+        raise ChildFailed(
+            "no-metrics",
+            f"Triton could not open its port {endpoint.metrics_port} for metrics.",
+            why="Another process has it.",
+            next=f"Choose another with --metrics-port. See {log}.",
+        )
 
 
 def _says_ready(endpoint: Endpoint, server_id: str) -> bool:
