@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import http.client
 import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -74,6 +77,26 @@ def repositories(tmp_path_factory):
     weights.unlink()  # it may be a link to the checkpoint's
     weights.write_bytes(content[: len(content) // 2])
     return made
+
+
+def unless_triton_crashes(test):
+    """Once more, where Triton 2.51 itself crashed: under such a load it does now and then, as a gRPC stream ends."""
+
+    @functools.wraps(test)
+    def run(home, repositories):
+        kept = Path(PROFILE).read_text()
+        for last in (False, False, True):
+            try:
+                return test(home, repositories)
+            except (Exception, pytest.fail.Exception):
+                logs = [log.read_text(errors="replace") for log in home.rglob("*.triton*.log")]
+                if last or not any(re.search(r"Signal \((6|11)\) received", log) for log in logs):
+                    raise
+                for left in home.iterdir():
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
+                Path(PROFILE).write_text(kept)
+
+    return run
 
 
 @pytest.fixture
@@ -192,6 +215,7 @@ def streams(port: int, count: int = STREAMS):
     assert not any(thread.is_alive() for thread in threads)
 
 
+@unless_triton_crashes
 def test_five_rolls_with_room_for_two_lose_nothing_and_mix_nothing(home, repositories):
     numbers = {name: publish(name, repositories[name]) for name in ("two", "one")}
     with serving("--openai") as service:
@@ -220,6 +244,7 @@ def broken(name: str, number: int, **how) -> VerificationFailed:
     return failed.value
 
 
+@unless_triton_crashes
 def test_a_broken_candidate_beside_disturbs_nobody(home, repositories):
     number = publish("one", repositories["one"])
     with serving("--openai") as service, streams(service.port, 4) as answers:
@@ -231,6 +256,7 @@ def test_a_broken_candidate_beside_disturbs_nobody(home, repositories):
     assert {answer[2:4] for answer in answers} == {(200, ANSWERS["one"])}
 
 
+@unless_triton_crashes
 def test_the_one_slot_path(home, repositories):
     """Requests that run end as they should; others are told to come again; a broken candidate gives the place back."""
     publish("one", repositories["one"])
@@ -315,6 +341,7 @@ def at(moment: str, act):
 SWITCHED, BEGUN = "new requests go to it", "room for"
 
 
+@unless_triton_crashes
 def test_whatever_is_killed_while_it_rolls(home, repositories):
     numbers = {name: publish(name, repositories[name]) for name in ("two", "one")}
 
@@ -376,6 +403,7 @@ def test_whatever_is_killed_while_it_rolls(home, repositories):
         assert service.ready["version"] == numbers["two"]
 
 
+@unless_triton_crashes
 def test_without_the_gateway_a_roll_keeps_tritons_ports(home, repositories):
     numbers = {name: publish(name, repositories[name]) for name in ("one", "two")}
     with serving() as service:

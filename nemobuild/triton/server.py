@@ -40,7 +40,7 @@ _GRACE_S = 15.0
 _REMOVAL_TIMEOUT_S = 30.0
 # On a loaded machine Triton 2.51 now and then loses a race with its own Python processes as they start, and aborts; or
 # another process looked for free ports at the very moment when it opened one of them.
-_START_RACES = ("boost::interprocess::lock_exception", "already in use")
+_START_RACES = ("boost::interprocess::lock_exception", "already in use", "Signal (11) received")
 _NO_METRICS = "failed to start Metrics service"
 _STARTS = 3
 
